@@ -1,0 +1,40 @@
+# Two commands do everything: `make demo` and `make test`. Each sets up what it needs first.
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+
+# The demo's model is tiny: a second thread costs more than it brings, and on a busy machine very much more.
+export OMP_NUM_THREADS ?= 1
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export MLFLOW_DISABLE_TELEMETRY := true
+export DVC_NO_ANALYTICS := 1
+export DO_NOT_TRACK := true
+
+.PHONY: setup demo test lint ui clean
+
+setup: $(VENV)/installed
+
+# PyTorch comes first and pinned, so that no other package chooses its build.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cuda,dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/python demo/run.py
+
+test: setup lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check src flows demo tests
+	$(BIN)/ruff format --check src flows demo tests
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+ui: setup
+	$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow/mlflow.db --host 127.0.0.1 --port 5000
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,1 @@
+"""Fine-tune LoRA adapters on new data without losing what the model knew."""

@@ -1,0 +1,1 @@
+"""Frameworks that train: one protocol, one module for each."""

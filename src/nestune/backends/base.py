@@ -1,0 +1,99 @@
+"""The protocol between nestune and a framework. Arrays stay inside a backend; NumPy and JSON come out."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from nestune.config import RunConfig
+from nestune.data.batches import Batch
+from nestune.errors import ConfigError
+from nestune.tiers.parameters import LoraParameter
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did.
+
+    loss in nats per supervised token of the whole step; tokens: supervised tokens of the step;
+    positions: all tokens of the step that are not padding; grad_norm: global norm, before clipping, of the
+    gradients applied at this step; 0 when no tier was due.
+    """
+
+    loss: float
+    tokens: int
+    positions: int
+    grad_norm: float
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Summed cross-entropy in nats over `tokens` supervised tokens."""
+
+    nats: float
+    tokens: int
+
+    @property
+    def mean(self) -> float:
+        """Nats per supervised token."""
+        return self.nats / self.tokens
+
+
+class Backend(Protocol):
+    """A base model with one LoRA adapter, and, once `prepare_training` was called, an optimizer for each tier."""
+
+    name: str
+    device: str
+
+    def lora_parameters(self) -> list[LoraParameter]:
+        """Every trainable matrix, in a fixed order."""
+        ...
+
+    def weights(self) -> dict[str, NDArray[Any]]:
+        """A copy of every trainable matrix (float32) by canonical name, shaped as `lora_parameters` says."""
+        ...
+
+    def prepare_training(self, tier_of: dict[str, int]) -> None:
+        """Make one optimizer for each tier of the map (canonical name -> tier)."""
+        ...
+
+    def train_step(self, micro_batches: Sequence[Batch], due: frozenset[int], learning_rate: float) -> StepResult:
+        """Update the tiers in `due` by the gradient of the mean loss over the step's supervised tokens."""
+        ...
+
+    def loss(self, batches: Iterable[Batch]) -> Loss:
+        """The loss over all batches, without dropout or gradients."""
+        ...
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
+        """Greedy continuations of prompts (token ids), each cut before its first end token."""
+        ...
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the adapter's weights and configuration into an existing folder."""
+        ...
+
+    def load_adapter(self, folder: Path | None) -> None:
+        """Take the weights of a saved adapter; None: those of an untrained one, which changes nothing.
+
+        Raises ConfigError when it was trained on another base, or any name or shape does not match.
+        """
+        ...
+
+
+def make_backend(config: RunConfig) -> Backend:
+    """The backend that the configuration asks for, with its base model loaded and a new adapter on it.
+
+    auto: PyTorch. Raises ConfigError when the framework is not installed.
+    """
+    if config.model.backend == "mlx":
+        raise ConfigError("model.backend is 'mlx'; this version trains with torch only. Set it to auto or torch.")
+    try:
+        from nestune.backends.torch_backend import TorchBackend
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"the torch backend needs {error.name}; install it with: pip install 'nestune[cuda]'"
+        ) from None
+    return TorchBackend(config)

@@ -1,0 +1,136 @@
+"""The command line: one command a stage, and `nestune run` for all of them."""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from nestune.errors import NestuneError
+
+if TYPE_CHECKING:
+    from nestune.config import RunConfig
+    from nestune.runs import RunPaths
+
+COMMANDS = {
+    "validate": "check the JSONL, split it, and write the dataset of the run",
+    "tiers": "divide the LoRA parameters among the tiers",
+    "train": "train the adapter",
+    "evaluate": "score base, parent, champion and candidate on the new task and every retention set",
+    "register": "register the adapter in MLflow, and promote it if the gate let it pass",
+    "run": "all of these, one after the other",
+}
+STAGES = tuple(COMMANDS)[:-1]
+
+
+class Result(Protocol):
+    """What every stage returns."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The result as JSON."""
+        ...
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns 0, 2 for wrong input, 1 for a failure."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    from nestune.telemetry import switch_off
+
+    switch_off()
+    try:
+        _run(options)
+    except NestuneError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    from nestune.config import load_config
+    from nestune.runs import RunPaths
+    from nestune.training.checkpoints import refuse_other_checkpoints
+
+    config = load_config(options.config, options.set, options.name)
+    run = RunPaths.of(config.name)
+    stages = STAGES if options.command == "run" else (options.command,)
+    if options.command == "run" and not options.overwrite:
+        refuse_other_checkpoints(config, run)
+    results: dict[str, Any] = {}
+    for stage in stages:
+        result = _stage(stage, options)(config, run)
+        results[stage] = result.as_dict()
+        if not options.json:
+            print(f"{stage}:", *_lines(results[stage]), sep="\n  ")
+    if options.json:
+        print(json.dumps(results if options.command == "run" else results[options.command], indent=2))
+
+
+def _stage(name: str, options: argparse.Namespace) -> Callable[["RunConfig", "RunPaths"], Result]:
+    """The function of a stage; imported only now, as each pulls in what the others do not need."""
+    if name == "validate":
+        from nestune.stages.validate import validate
+
+        return validate
+    if name == "tiers":
+        from nestune.stages.assign import assign
+
+        return assign
+    if name == "train":
+        from nestune.stages.train import train
+
+        return lambda config, run: train(config, run, overwrite=options.overwrite)
+    if name == "evaluate":
+        from nestune.stages.evaluate import evaluate
+
+        return evaluate
+    from nestune.stages.register import register
+
+    return register
+
+
+def _lines(result: dict[str, Any], prefix: str = "") -> Iterable[str]:
+    """One line a value, nested names joined by dots."""
+    for key, value in result.items():
+        if isinstance(value, dict):
+            yield from _lines(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}: {value:.4g}" if isinstance(value, float) else f"{prefix}{key}: {value}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nestune", description="Fine-tune LoRA adapters on new data without losing what the model knew."
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, purpose in COMMANDS.items():
+        command = commands.add_parser(name, help=purpose, description=purpose.capitalize() + ".")
+        command.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML file of the run")
+        command.add_argument("--name", metavar="RUN", help="name of the run, in place of the file's")
+        command.add_argument(
+            "--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. training.steps=20; repeatable"
+        )
+        command.add_argument("--json", action="store_true", help="print the result as JSON")
+        if name in ("train", "run"):
+            command.add_argument(
+                "--overwrite", action="store_true", help="replace checkpoints that another configuration trained"
+            )
+    return parser
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        print(f"nestune {version('nestune')}")
+        parser.exit()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,359 @@
+"""The one typed description of a run. Every default lives here; YAML files hold what differs."""
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    StringConstraints,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from nestune.errors import ConfigError
+
+
+class Strict(BaseModel):
+    """A frozen block of the configuration in which a misspelt key is an error, not a default."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+def _existing(path: str, info: ValidationInfo) -> str:
+    if (info.context or {}).get("check_paths") and not Path(path).exists():
+        raise ValueError(f"there is no file or folder {path}; relative paths start at {Path.cwd()}")
+    return path
+
+
+def _as_tuple(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
+SafeName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+ExistingPath = Annotated[str, StringConstraints(min_length=1), AfterValidator(_existing)]
+Paths = Annotated[tuple[ExistingPath, ...], BeforeValidator(_as_tuple)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+class ModelConfig(Strict):
+    """The base model, and where training starts from."""
+
+    base: str = Field(min_length=1, description="folder of the base model, or its id on the Hugging Face hub")
+    revision: str | None = Field(None, description="revision of a hub model: a commit hash, tag or branch")
+    adapter: str | None = Field(
+        None, description="parent adapter to start from: a folder, or models:/<name>@<alias>; none: a new adapter"
+    )
+    backend: Literal["auto", "torch", "mlx"] = Field("auto", description="framework that trains")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="type of the frozen base weights; auto: as stored. LoRA weights are always float32"
+    )
+
+    @field_validator("base", "adapter")
+    @classmethod
+    def _folder_exists(cls, value: str | None, info: ValidationInfo) -> str | None:
+        # `name` and `owner/name` may be hub ids; what starts like a path or has more parts is a folder.
+        looks_like_path = value is not None and (value.startswith((".", "/", "~")) or value.count("/") > 1)
+        if value is not None and looks_like_path and not value.startswith("models:/"):
+            return _existing(value, info)
+        return value
+
+
+class LoraConfig(Strict):
+    """Low-rank adapters W + (alpha / rank) B A (Hu et al. 2021, arXiv:2106.09685)."""
+
+    rank: PositiveInt = Field(8, description="rank of A and B")
+    alpha: PositiveFloat = Field(16.0, description="the adapter's effect is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="probability of dropping an input of the adapter")
+    targets: Literal["all-linear"] | tuple[str, ...] = Field(
+        "all-linear", description="names of the linear modules that get an adapter, or all-linear: all but the head"
+    )
+
+
+class DataConfig(Strict):
+    """JSONL files or folders of them; records are {messages}, {prompt, completion} or {text}."""
+
+    train: Paths = Field(min_length=1, description="files or folders of *.jsonl to learn")
+    valid: Fraction | Paths = Field(
+        0.1, description="held-out part of the new task: files or folders, or the fraction of train to hold out"
+    )
+    retention: dict[SafeName, Paths] = Field(
+        default_factory=dict, description="retention sets by name: what the model must go on knowing"
+    )
+    on_invalid: Literal["fail", "quarantine"] = Field(
+        "fail", description="fail: stop at bad records; quarantine: move them to rejected.jsonl and go on"
+    )
+    allow_duplicates: bool = Field(False, description="true: records repeated within one set are no fault")
+    max_seq_length: PositiveInt = Field(2048, ge=2, description="tokens of a record that are kept")
+    max_line_bytes: PositiveInt = Field(10_000_000, description="bytes of the longest line that is read")
+
+    @field_validator("valid", mode="before")
+    @classmethod
+    def _fraction_or_paths(cls, value: object) -> object:
+        if isinstance(value, (int, float)) and not 0 < value < 1:
+            raise ValueError("a fraction to hold out lies between 0 and 1, e.g. 0.1; or name files")
+        return value
+
+
+class TierConfig(Strict):
+    """Which LoRA parameters form a tier and how often each tier moves; tier 0 is the fastest."""
+
+    strategy: Literal["layer_depth", "layer_depth_reversed", "manual"] = Field(
+        "layer_depth_reversed",
+        description="layer_depth: shallow layers fast; layer_depth_reversed: deep layers fast; "
+        "manual: by the patterns in assignments",
+    )
+    update_every: tuple[PositiveInt, ...] = Field(
+        (1, 2, 4), min_length=1, max_length=8, description="steps between two updates of each tier, ascending"
+    )
+    inactive_gradients: Literal["drop", "accumulate"] = Field(
+        "drop",
+        description="drop: a tier sees only the gradient of its own step, which saves the backward pass; "
+        "accumulate: the mean over the steps since its last update",
+    )
+    lr_scale: Literal["equal", "inverse_period"] | tuple[PositiveFloat, ...] = Field(
+        "equal", description="factor on the learning rate for each tier; inverse_period: 1 / update_every"
+    )
+    assignments: dict[str, NonNegativeInt] = Field(
+        default_factory=dict,
+        description="for manual: pattern -> tier, e.g. {'layers.[0-3].*': 2}; the first that matches counts",
+    )
+
+    @field_validator("update_every")
+    @classmethod
+    def _ascending(cls, periods: tuple[int, ...]) -> tuple[int, ...]:
+        if list(periods) != sorted(periods):
+            raise ValueError(f"periods must ascend, tier 0 being the fastest; write {sorted(periods)}")
+        return periods
+
+    @field_validator("lr_scale")
+    @classmethod
+    def _one_scale_each_tier(cls, scale: object, info: ValidationInfo) -> object:
+        tiers = len(info.data.get("update_every", ()))
+        if isinstance(scale, tuple) and tiers and len(scale) != tiers:
+            raise ValueError(f"{len(scale)} factors for {tiers} tiers; give one for each entry of update_every")
+        return scale
+
+    @field_validator("assignments")
+    @classmethod
+    def _only_for_manual(cls, assignments: dict[str, int], info: ValidationInfo) -> dict[str, int]:
+        strategy, tiers = info.data.get("strategy"), len(info.data.get("update_every", ()))
+        if strategy == "manual" and not assignments:
+            raise ValueError("strategy manual needs patterns, e.g. {'layers.[0-3].*': 2}")
+        if strategy is not None and strategy != "manual" and assignments:
+            raise ValueError(f"strategy {strategy} ignores them; remove them, or set tiers.strategy to manual")
+        wrong = {pattern: tier for pattern, tier in assignments.items() if tiers and tier >= tiers}
+        if wrong:
+            raise ValueError(f"tier out of range in {wrong}; with {tiers} tiers use 0 to {tiers - 1}")
+        return assignments
+
+    @property
+    def lr_scales(self) -> tuple[float, ...]:
+        """The factor on the learning rate of each tier."""
+        if self.lr_scale == "inverse_period":
+            return tuple(1 / period for period in self.update_every)
+        return tuple(1.0 for _ in self.update_every) if isinstance(self.lr_scale, str) else self.lr_scale
+
+
+class ReplayConfig(Strict):
+    """Rows of earlier data that join each step, so that what they say is not forgotten."""
+
+    files: Paths = Field((), description="files or folders of *.jsonl with earlier data; none: no replay")
+    rows_per_step: PositiveInt = Field(8, description="rows added to each step, drawn evenly from the entries of files")
+
+
+class RetentionConfig(Strict):
+    """What keeps earlier knowledge during training; composes with every tier strategy."""
+
+    replay: ReplayConfig = ReplayConfig()
+
+
+class EarlyStopping(Strict):
+    """Ends training when the validation loss no longer falls."""
+
+    patience: PositiveInt = Field(5, description="evaluations without improvement before training ends")
+    min_delta: NonNegativeFloat = Field(1e-4, description="nats per token that count as an improvement")
+
+
+class TrainingConfig(Strict):
+    """The optimizer steps. A step is counted from 1, after gradient accumulation."""
+
+    steps: PositiveInt = Field(1000, description="optimizer steps")
+    batch_size: PositiveInt = Field(4, description="rows in a micro-batch")
+    gradient_accumulation_steps: PositiveInt = Field(1, description="micro-batches in a step")
+    learning_rate: PositiveFloat = Field(2e-4, description="learning rate after warm-up")
+    warmup_steps: NonNegativeInt = Field(0, description="steps of linear warm-up, learning_rate * step / warmup_steps")
+    schedule: Literal["constant", "cosine"] = Field("cosine", description="after warm-up; cosine falls to 0")
+    optimizer: Literal["adamw", "adam", "sgd"] = Field("adamw", description="adamw: decoupled weight decay")
+    weight_decay: NonNegativeFloat = Field(0.0, description="weight decay of adamw, L2 of adam and sgd")
+    max_grad_norm: PositiveFloat | None = Field(
+        1.0, description="clip the global norm of a step's gradients; none: off"
+    )
+    eval_every: PositiveInt | None = Field(100, description="steps between validations; none: only at the end")
+    checkpoint_every: PositiveInt | None = Field(None, description="steps between periodic checkpoints; none: no such")
+    keep_last: PositiveInt = Field(3, description="periodic checkpoints that are kept, besides best and final")
+    early_stopping: EarlyStopping | None = Field(None, description="stop when validation no longer improves")
+    seed: NonNegativeInt = Field(0, description="seed of initial weights, order of rows and dropout")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="type in which activations are computed")
+
+    @field_validator("early_stopping")
+    @classmethod
+    def _needs_validation(cls, stopping: EarlyStopping | None, info: ValidationInfo) -> EarlyStopping | None:
+        if stopping is not None and "eval_every" in info.data and info.data["eval_every"] is None:
+            raise ValueError("early stopping looks at validations; set training.eval_every")
+        return stopping
+
+
+class EvaluationConfig(Strict):
+    """How the held-out sets are scored."""
+
+    batch_size: PositiveInt = Field(64, description="rows scored or answered at once")
+    max_answer_tokens: PositiveInt = Field(32, description="tokens after which a greedy answer is cut")
+    checkpoint: Literal["best", "final"] = Field("best", description="checkpoint that becomes the candidate")
+
+
+class GateConfig(Strict):
+    """When a candidate may become champion: it learned, and nothing was forgotten.
+
+    A set is scored by exact match where its records have answers, else by loss.
+    """
+
+    min_gain: NonNegativeFloat = Field(
+        0.05, description="exact match (0 to 1) the candidate must gain over its parent on the new task"
+    )
+    min_loss_gain: NonNegativeFloat = Field(
+        0.0, description="nats per token the loss must fall below the parent's, for a new task without answers"
+    )
+    max_drop: NonNegativeFloat = Field(
+        0.05, description="exact match (0 to 1) it may lose to the champion on any set, the new task included"
+    )
+    max_loss_rise: NonNegativeFloat = Field(
+        0.1, description="nats per token it may lose to the champion on a set without answers"
+    )
+
+
+class RegistryConfig(Strict):
+    """MLflow: where runs are tracked and adapters registered."""
+
+    tracking_uri: str | None = Field(None, description="MLflow server or database; none: SQLite in the folder mlflow/")
+    experiment: str = Field("nestune", min_length=1, description="experiment in which runs are tracked")
+    registered_model: SafeName = Field("nestune", description="registered model that candidates become versions of")
+
+
+class RunConfig(Strict):
+    """One run: from JSONL to a registered adapter."""
+
+    name: SafeName = Field(description="name of the run; its files are in runs/<name>")
+    model: ModelConfig
+    lora: LoraConfig = LoraConfig()
+    data: DataConfig
+    tiers: TierConfig = TierConfig()
+    retention: RetentionConfig = RetentionConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    gate: GateConfig = GateConfig()
+    registry: RegistryConfig = RegistryConfig()
+
+    @model_validator(mode="after")
+    def _set_names(self) -> Self:
+        reserved = {"train", "valid", "replay", "new_task"} & set(self.data.retention)
+        if reserved:
+            raise ValueError(f"data.retention: {', '.join(sorted(reserved))} is taken by the run; use other names")
+        return self
+
+
+def load_config(path: Path, overrides: Sequence[str] = (), name: str | None = None) -> RunConfig:
+    """Read a YAML file, apply `block.key=value` overrides (values are YAML), and check everything.
+
+    Raises ConfigError with every fault at once: unknown keys, wrong values, paths that do not exist.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}. Name one with --config.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML in UTF-8: {error}. Mend it there.") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds {type(raw).__name__}; a configuration is a mapping of blocks such as data:")
+    for override in overrides:
+        _apply_override(raw, override)
+    if name is not None:
+        raw["name"] = name
+    return parse_config(raw, source=str(path))
+
+
+def parse_config(raw: Mapping[str, Any], source: str = "the configuration") -> RunConfig:
+    """Check a mapping and its paths; raises ConfigError with every fault at once."""
+    try:
+        return RunConfig.model_validate(raw, context={"check_paths": True})
+    except ValidationError as error:
+        faults = [f"  {_explain(fault)}" for fault in error.errors(include_url=False)]
+        # A union reports a fault for each of its branches; the reader needs a field only once.
+        unique = list(dict.fromkeys(faults))
+        raise ConfigError("\n".join([f"{source}: {len(unique)} fault(s)", *unique])) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML; loading it gives an equal configuration."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    path, separator, text = override.partition("=")
+    keys = path.split(".")
+    if not separator or not all(keys):
+        raise ConfigError(f"--set {override!r} is not block.key=value, e.g. --set training.steps=20")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {path}: the value {text!r} is not YAML: {error}") from None
+    block = raw
+    for key in keys[:-1]:
+        if block.get(key) is None:
+            block[key] = {}
+        block = block[key]
+        if not isinstance(block, dict):
+            raise ConfigError(f"--set {path}: {key} holds a value, not a block")
+    block[keys[-1]] = value
+
+
+def _explain(fault: Any) -> str:
+    location, kind = list(fault["loc"]), fault["type"]
+    # Pydantic appends the branch of a union to the location; only keys and indices mean something to a user.
+    where = ".".join(str(part) for part in location if _is_key(part)) or "the configuration"
+    if kind == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        close = difflib.get_close_matches(str(location[-1]), known, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        return f"{where}: unknown key; {hint}Known here: {', '.join(known)}."
+    if kind == "missing":
+        return f"{where}: missing; add it."
+    message = str(fault["msg"]).removeprefix("Value error, ").rstrip(".")
+    return f"{where}: {message[:1].lower() + message[1:]} (seen: {fault['input']!r:.80})."
+
+
+def _is_key(part: str | int) -> bool:
+    return isinstance(part, int) or part.replace("_", "").replace("-", "").replace(".", "").isalnum()
+
+
+def _known_keys(location: Sequence[str | int]) -> list[str]:
+    block: Any = RunConfig
+    for part in location:
+        block = block.model_fields[str(part)].annotation if hasattr(block, "model_fields") else None
+        if isinstance(block, types.UnionType):
+            block = next(b for b in typing.get_args(block) if hasattr(b, "model_fields"))
+    return sorted(block.model_fields) if hasattr(block, "model_fields") else []

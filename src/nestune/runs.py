@@ -1,0 +1,170 @@
+"""A run's folder: where its files are, how they are written safely, and the manifest of their hashes."""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nestune.errors import RunError
+
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """The places of one run's files; nothing is created before it is written."""
+
+    root: Path
+
+    @classmethod
+    def of(cls, name: str) -> "RunPaths":
+        """The folder of the run called `name`, below the current folder."""
+        return cls(RUNS / name)
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def dataset(self) -> Path:
+        return self.root / "dataset"
+
+    @property
+    def tiers(self) -> Path:
+        return self.root / "tiers.json"
+
+    @property
+    def tiers_picture(self) -> Path:
+        return self.root / "tiers.png"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.root / "evaluation"
+
+    @property
+    def tracking(self) -> Path:
+        return self.root / "tracking.json"
+
+    @property
+    def registration(self) -> Path:
+        return self.root / "registration.json"
+
+    @property
+    def manifest(self) -> Path:
+        return self.root / "manifest.json"
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: temporary name on the same disk, synced, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary_beside(path)
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def write_text(path: Path, content: str) -> None:
+    """As `write_bytes`, in UTF-8."""
+    write_bytes(path, content.encode("utf-8"))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """As `write_bytes`: indented JSON. Raises ValueError for NaN, which JSON does not have."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextmanager
+def replaced_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder that takes the place of `path` when the block ends well, and vanishes when it fails.
+
+    Between the two renames of a replacement neither folder stands at `path`; the old one is then beside it,
+    under a hidden name.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary_beside(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
+        old = _temporary_beside(path)
+        if path.exists():
+            os.replace(path, old)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_json(path: Path, remedy: str) -> Any:
+    """The content of a JSON file of a run; raises RunError with the remedy where it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror}. {remedy}") from None
+    except ValueError as error:
+        raise RunError(f"{path} is not JSON: {error}. {remedy}") from None
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_files(folder: Path, files: Iterable[Path]) -> str:
+    """SHA-256 over the names (relative to `folder`) and contents of files, in hex; the order does not matter."""
+    total = hashlib.sha256()
+    for name, path in sorted((path.relative_to(folder).as_posix(), path) for path in files):
+        total.update(f"{name}\0{sha256_file(path)}\n".encode())
+    return total.hexdigest()
+
+
+def record_stage(run: RunPaths, stage: str, inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
+    """Write into the run's manifest the SHA-256 of every file that a stage read and wrote.
+
+    `inputs` and `outputs` are files or folders; folders are recorded file by file.
+    """
+    stages = read_json(run.manifest, "Delete it; the stages write it anew.") if run.manifest.exists() else {}
+    stages[stage] = {"inputs": _hashes(inputs), "outputs": _hashes(outputs)}
+    write_json(run.manifest, stages)
+
+
+def _hashes(paths: Iterable[Path]) -> dict[str, str]:
+    files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    return {file.as_posix(): sha256_file(file) for file in files if file.is_file()}
+
+
+def _temporary_beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,87 @@
+"""Stage train: from the validated dataset and the tier map to checkpoints."""
+
+import shutil
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from nestune.backends.adapters import WEIGHTS
+from nestune.backends.base import make_backend
+from nestune.base_model import resolve_base
+from nestune.config import RunConfig, dump_config
+from nestune.data.batches import evaluation_batches, training_steps
+from nestune.data.dataset import load_dataset
+from nestune.data.tokens import load_tokenizer
+from nestune.registry.tracking import TrackedRun, tracked_run
+from nestune.registry.versions import resolve_adapter
+from nestune.runs import RunPaths, record_stage, sha256_file, write_text
+from nestune.tiers.schedule import TierSchedule
+from nestune.tiers.tier_map import read_tier_map
+from nestune.training.checkpoints import Checkpoints, refuse_other_checkpoints
+from nestune.training.loop import run_training
+from nestune.training.progress import ProgressBar
+from nestune.training.recorder import Listener, Recorder
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What training did; losses in nats per supervised token."""
+
+    steps: int
+    best_validation_loss: float
+    update_counts: list[int]
+    adapter_sha256: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """The result as JSON."""
+        return asdict(self)
+
+
+def train(config: RunConfig, run: RunPaths, overwrite: bool = False) -> TrainResult:
+    """Train the adapter and write checkpoints and metrics.
+
+    Raises RunError when the run already holds checkpoints of another configuration and `overwrite` is false,
+    when an earlier stage is missing or its files have changed, or when training diverges.
+    """
+    if not overwrite:
+        refuse_other_checkpoints(config, run)
+    base = resolve_base(config.model)
+    tokenizer = load_tokenizer(base.folder)
+    dataset = load_dataset(run.dataset, tokenizer, config.data.max_seq_length)
+    backend = make_backend(config)
+    tier_map = read_tier_map(run.tiers, backend.lora_parameters(), config.tiers)
+    if config.model.adapter is not None:
+        backend.load_adapter(resolve_adapter(config.model.adapter, config.registry))
+    backend.prepare_training(tier_map.tier_of)
+    pad_id = int(tokenizer.pad_token_id)
+    replay_rows = config.retention.replay.rows_per_step
+    steps = training_steps(dataset.train, config.training, pad_id, dataset.replay, replay_rows)
+    valid = list(evaluation_batches(dataset.valid, config.evaluation.batch_size, pad_id))
+
+    shutil.rmtree(run.checkpoints, ignore_errors=True)
+    shutil.rmtree(run.metrics, ignore_errors=True)
+    write_text(run.config, dump_config(config))
+    checkpoints = Checkpoints(run.checkpoints, backend, base, config)
+    schedule = TierSchedule(config.tiers.update_every)
+    tags = {"base_sha256": base.sha256, "dataset_sha256": dataset.sha256, "tier_map_sha256": tier_map.sha256}
+    with tracked_run(config, run, tags) as tracked, ProgressBar(config.training.steps) as bar:
+        listeners: list[Listener] = [bar, _Tracker(tracked)]
+        with Recorder(run.metrics, len(config.tiers.update_every), listeners) as recorder:
+            best = run_training(backend, schedule, steps, valid, config.training, recorder, checkpoints)
+    record_stage(run, "train", [run.config, run.dataset, run.tiers], [run.checkpoints, run.metrics])
+    adapter = sha256_file(run.checkpoints / config.evaluation.checkpoint / WEIGHTS)
+    return TrainResult(recorder.last_step, best.loss, recorder.update_counts, adapter)
+
+
+class _Tracker:
+    """Passes the numbers of steps and validations on to the tracking server; a `Listener`."""
+
+    def __init__(self, tracked: TrackedRun) -> None:
+        self._tracked = tracked
+
+    def on_step(self, line: dict[str, Any]) -> None:
+        counts = {f"updates/tier_{tier}": count for tier, count in enumerate(line["update_counts"])}
+        numbers = {f"train/{key}": line[key] for key in ("loss", "learning_rate", "grad_norm", "tokens_per_s")}
+        self._tracked.log_metrics(line["step"], numbers | counts)
+
+    def on_validation(self, line: dict[str, Any]) -> None:
+        self._tracked.log_metrics(line["step"], {"valid/loss": line["valid_loss"]})

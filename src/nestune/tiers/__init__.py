@@ -1,0 +1,1 @@
+"""Tiers: which parameters move together, and when."""

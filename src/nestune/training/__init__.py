@@ -1,0 +1,1 @@
+"""The training loop and what it needs: learning rate, stopping, metrics, checkpoints."""

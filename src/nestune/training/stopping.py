@@ -1,0 +1,31 @@
+"""Which validation was the best, and whether to go on."""
+
+import math
+
+from nestune.config import EarlyStopping
+
+
+class BestLoss:
+    """Follows the validation loss, in nats per token."""
+
+    def __init__(self, stopping: EarlyStopping | None) -> None:
+        self.loss = math.inf
+        self._stopping = stopping
+        self._reference = math.inf
+        self._since_improvement = 0
+
+    def update(self, loss: float) -> bool:
+        """Take the next validation loss; True when it is the lowest so far."""
+        best = loss < self.loss
+        self.loss = min(self.loss, loss)
+        min_delta = self._stopping.min_delta if self._stopping else 0.0
+        if loss < self._reference - min_delta:
+            self._reference, self._since_improvement = loss, 0
+        else:
+            self._since_improvement += 1
+        return best
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether `patience` validations in a row have not improved by more than `min_delta`."""
+        return self._stopping is not None and self._since_improvement >= self._stopping.patience

@@ -1,0 +1,59 @@
+"""Learning rate, best loss and early stopping, against their formulas."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nestune.config import EarlyStopping, TrainingConfig
+from nestune.training.learning_rate import learning_rate
+from nestune.training.stopping import BestLoss
+
+
+def test_warm_up_is_system_a_s_rule() -> None:
+    training = TrainingConfig(learning_rate=1e-5, warmup_steps=100, steps=20)
+    # System A counts from 0: lr * (step + 1) / warmup_steps.
+    assert [learning_rate(t, training) for t in (1, 2, 20)] == [1e-5 * (t0 + 1) / 100 for t0 in (0, 1, 19)]
+
+
+def test_constant_stays_at_the_learning_rate_after_warm_up() -> None:
+    training = TrainingConfig(learning_rate=0.5, warmup_steps=4, steps=20, schedule="constant")
+    assert [learning_rate(t, training) for t in range(4, 21)] == [0.5] * 17
+
+
+def test_cosine_starts_at_the_learning_rate_and_is_half_of_it_in_the_middle() -> None:
+    training = TrainingConfig(learning_rate=1.0, warmup_steps=10, steps=110)
+    assert learning_rate(11, training) == 1.0
+    assert learning_rate(61, training) == pytest.approx(0.5)
+    assert learning_rate(110, training) == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.99)))
+
+
+@given(steps=st.integers(1, 200), warmup=st.integers(0, 250), schedule=st.sampled_from(["constant", "cosine"]))
+def test_learning_rate_is_positive_and_never_above_the_configured(steps: int, warmup: int, schedule: str) -> None:
+    training = TrainingConfig(learning_rate=0.5, warmup_steps=warmup, steps=steps, schedule=schedule)  # type: ignore[arg-type]
+    assert all(0 < learning_rate(t, training) <= 0.5 for t in range(1, steps + 1))
+
+
+def test_best_is_the_lowest_loss_so_far() -> None:
+    best = BestLoss(None)
+    assert [best.update(loss) for loss in (3.0, 2.0, 2.5, 2.0, 1.9)] == [True, True, False, False, True]
+    assert best.loss == 1.9
+    assert not best.should_stop
+
+
+def test_training_stops_after_patience_validations_without_improvement() -> None:
+    best = BestLoss(EarlyStopping(patience=2, min_delta=0.1))
+    stops = []
+    for loss in (3.0, 2.0, 1.95, 1.94):  # the last two fall by less than min_delta below 2.0
+        best.update(loss)
+        stops.append(best.should_stop)
+    assert stops == [False, False, False, True]
+    assert best.loss == 1.94
+
+
+def test_small_improvements_that_add_up_to_min_delta_keep_training_alive() -> None:
+    best = BestLoss(EarlyStopping(patience=2, min_delta=0.1))
+    for loss in (2.0, 1.95, 1.89, 1.85, 1.78):
+        best.update(loss)
+        assert not best.should_stop
