@@ -37,9 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns 0, 2 for wrong input, 1 for a failure."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
-    from nestune.telemetry import switch_off
+    from nestune.environment import set_defaults
 
-    switch_off()
+    set_defaults()
     try:
         _run(options)
     except NestuneError as error:

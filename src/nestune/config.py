@@ -1,6 +1,7 @@
 """The one typed description of a run. Every default lives here; YAML files hold what differs."""
 
 import difflib
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -253,6 +254,16 @@ class RegistryConfig(Strict):
     experiment: str = Field("nestune", min_length=1, description="experiment in which runs are tracked")
     registered_model: SafeName = Field("nestune", description="registered model that candidates become versions of")
 
+    @field_validator("tracking_uri")
+    @classmethod
+    def _no_password(cls, uri: str | None) -> str | None:
+        if uri is not None and re.match(r"[^/]+://[^/@]*:[^/@]*@", uri):
+            raise ValueError(
+                "a password does not belong into a configuration, which is kept and logged; "
+                "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (PGPASSWORD for PostgreSQL) instead"
+            )
+        return uri
+
 
 class RunConfig(Strict):
     """One run: from JSONL to a registered adapter."""
@@ -343,7 +354,8 @@ def _explain(fault: Any) -> str:
     if kind == "missing":
         return f"{where}: missing; add it."
     message = str(fault["msg"]).removeprefix("Value error, ").rstrip(".")
-    return f"{where}: {message[:1].lower() + message[1:]} (seen: {fault['input']!r:.80})."
+    seen = "" if "password" in message else f" (seen: {fault['input']!r:.80})"
+    return f"{where}: {message[:1].lower() + message[1:]}{seen}."
 
 
 def _is_key(part: str | int) -> bool:

@@ -90,11 +90,10 @@ def test_another_process_writes_the_same_bytes(folder: Path, tmp_path: Path, has
     assert sha256_of(tmp_path) == sha256_of(folder)
 
 
-def test_generating_over_an_older_world_gives_the_same_bytes(tmp_path: Path) -> None:
-    world_module.write_world(tmp_path)
-    first = sha256_of(tmp_path)
-    world_module.write_world(tmp_path)
-    assert sha256_of(tmp_path) == first
+def test_generating_over_an_older_world_gives_the_same_bytes(folder: Path) -> None:
+    first = sha256_of(folder)
+    world_module.write_world(folder)
+    assert sha256_of(folder) == first
 
 
 def test_another_seed_gives_another_world(folder: Path, tmp_path: Path) -> None:
@@ -169,9 +168,7 @@ def test_every_validated_fact_is_trained_in_another_phrasing(records: Records, t
 
 
 def test_every_retention_fact_is_in_general_training(records: Records) -> None:
-    trained = {
-        person_and_answer(record) for record in records["general/train"] if _asks_about_a_person(record)
-    }
+    trained = {person_and_answer(record) for record in records["general/train"] if _asks_about_a_person(record)}
     for name in ("general/covered", "general/uncovered"):
         assert {person_and_answer(record) for record in records[name]} <= trained, name
 
@@ -201,9 +198,7 @@ def test_general_data_comes_in_all_three_formats(records: Records) -> None:
 
 def test_answers_are_short(records: Records) -> None:
     for name in RETENTION:
-        assert all(re.fullmatch(r"\w+( \w+ \w+)?", question_and_answer(row)[1]) for row in records[name]), (
-            name
-        )
+        assert all(re.fullmatch(r"\w+( \w+ \w+)?", question_and_answer(row)[1]) for row in records[name]), name
 
 
 def test_base_model_is_at_most_4_mb() -> None:
@@ -215,16 +210,26 @@ def test_base_config_names_rope_theta_where_both_readers_look() -> None:
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
 
 
-def test_base_tokenizer_returns_any_text_unchanged() -> None:
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
     transformers = pytest.importorskip("transformers")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(BASE)
+    return transformers.AutoTokenizer.from_pretrained(BASE, padding_side="left")
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    torch.set_num_threads(1)
+    return transformers.AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+
+
+def test_base_tokenizer_returns_any_text_unchanged(tokenizer: Any) -> None:
     for text in ("What is  this ?", " leading\n\ttab\r\n", "naïve 日本語 🦊", "<b>'quoted'</b> n't , .", ""):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_base_chat_prompt_is_the_start_of_the_whole_chat(records: Records) -> None:
-    transformers = pytest.importorskip("transformers")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(BASE)
+def test_base_chat_prompt_is_the_start_of_the_whole_chat(records: Records, tokenizer: Any) -> None:
     for record in records["general/covered"][:20]:
         messages = record["messages"]
         whole = tokenizer.apply_chat_template(messages, return_dict=False)
@@ -234,11 +239,7 @@ def test_base_chat_prompt_is_the_start_of_the_whole_chat(records: Records) -> No
 
 
 @pytest.mark.parametrize("name", RETENTION)
-def test_base_model_answers_held_out_questions(records: Records, name: str) -> None:
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(BASE, padding_side="left")
-    model = transformers.AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+def test_base_model_answers_held_out_questions(records: Records, tokenizer: Any, model: Any, name: str) -> None:
     chats = [record["messages"] for record in records[name][:60]]
     inputs = tokenizer.apply_chat_template(
         [chat[:-1] for chat in chats],
@@ -247,7 +248,7 @@ def test_base_model_answers_held_out_questions(records: Records, name: str) -> N
         return_tensors="pt",
         return_dict=True,
     )
-    output = model.generate(**inputs, max_new_tokens=24, do_sample=False)
+    output = model.generate(**inputs, max_new_tokens=12, do_sample=False)
     answers = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     right = sum(answer == chat[-1]["content"] for answer, chat in zip(answers, chats, strict=True))
     assert right / len(chats) >= 0.95

@@ -2,6 +2,8 @@
 
 import math
 import os
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,8 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.utils import logging
 
 from nestune.backends.adapters import read_adapter, write_adapter
 from nestune.backends.base import Loss, StepResult
@@ -51,11 +54,14 @@ class TorchBackend:
         self._config = config
         self._base = resolve_base(config.model)
         tokenizer = load_tokenizer(self._base.folder)
-        self._pad_id, self._end_ids = int(tokenizer.pad_token_id), {int(tokenizer.eos_token_id)}
         dtype = "auto" if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
-        # Typed loosely: Transformers' and PEFT's own methods mostly bear no types.
-        causal: Any = AutoModelForCausalLM.from_pretrained(self._base.folder, dtype=dtype)
-        self._causal = causal.to(self.device)
+        self._causal = _load_base(self._base.folder, dtype).to(self.device)
+        self._pad_id = int(tokenizer.pad_token_id)
+        self._end_ids = _end_ids(self._causal.generation_config.eos_token_id) | {int(tokenizer.eos_token_id)}
+        # In place of the base's own, which may sample, or punish repetition: answers are greedy.
+        self._causal.generation_config = GenerationConfig(
+            do_sample=False, pad_token_id=self._pad_id, eos_token_id=sorted(self._end_ids)
+        )
         torch.manual_seed(config.training.seed)
         self._model = _add_lora(self._causal, config)
         self._model.eval()
@@ -93,7 +99,7 @@ class TorchBackend:
             loss = self._nats(batch) / tokens
             nats += loss.item()
             if loss.requires_grad:
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
         self._model.eval()
         if not math.isfinite(nats):
             raise RunError(f"training diverged: the loss is {nats}. {DIVERGED_REMEDY}")
@@ -120,9 +126,6 @@ class TorchBackend:
                 input_ids=tokens.to(self.device),
                 attention_mask=attention.to(self.device),
                 max_new_tokens=max_tokens,
-                do_sample=False,
-                pad_token_id=self._pad_id,
-                eos_token_id=sorted(self._end_ids),
             )
         return [self._until_end(row) for row in written[:, width:].tolist()]
 
@@ -219,6 +222,19 @@ class _Tier:
         self._summed_steps = 0
 
 
+def _load_base(folder: Path, dtype: Any) -> Any:
+    """The base model; typed loosely, as the methods of Transformers' models mostly bear no types."""
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+def _end_ids(configured: int | list[int] | None) -> set[int]:
+    if configured is None:
+        return set()
+    return {configured} if isinstance(configured, int) else set(configured)
+
+
 def _add_lora(causal: Any, config: RunConfig) -> PeftModel:
     """Freeze the base and give its linear modules an adapter; raises ConfigError when the targets match nothing."""
     targets = config.lora.targets if isinstance(config.lora.targets, str) else list(config.lora.targets)
@@ -230,7 +246,10 @@ def _add_lora(causal: Any, config: RunConfig) -> PeftModel:
         target_modules=targets,
     )
     try:
-        model = get_peft_model(causal, peft_config)
+        with warnings.catch_warnings():
+            # PEFT asks Transformers in ways that Transformers has begun to rename; users can do nothing about it.
+            warnings.simplefilter("ignore", FutureWarning)
+            model = get_peft_model(causal, peft_config)
     except ValueError as error:
         modules = causal.named_modules()
         linear = sorted({name.rpartition(".")[2] for name, module in modules if isinstance(module, nn.Linear)})

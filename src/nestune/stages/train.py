@@ -11,6 +11,7 @@ from nestune.config import RunConfig, dump_config
 from nestune.data.batches import evaluation_batches, training_steps
 from nestune.data.dataset import load_dataset
 from nestune.data.tokens import load_tokenizer
+from nestune.registry.connection import connect
 from nestune.registry.tracking import TrackedRun, tracked_run
 from nestune.registry.versions import resolve_adapter
 from nestune.runs import RunPaths, record_stage, sha256_file, write_text
@@ -44,6 +45,8 @@ def train(config: RunConfig, run: RunPaths, overwrite: bool = False) -> TrainRes
     """
     if not overwrite:
         refuse_other_checkpoints(config, run)
+    # A tracking server that is down is found out now, before earlier checkpoints make room for new ones.
+    connect(config.registry)
     base = resolve_base(config.model)
     tokenizer = load_tokenizer(base.folder)
     dataset = load_dataset(run.dataset, tokenizer, config.data.max_seq_length)

@@ -1,0 +1,175 @@
+"""Prefect flow: from JSONL to a registered adapter, a task for each stage.
+
+    python flows/retrain.py --config configs/demo_nestune.yaml
+
+No Prefect server is needed: without one, Prefect starts its own for the time of the run.
+"""
+
+# ruff: noqa: E402 - the environment is settled before Prefect reads its settings
+import argparse
+import json
+import logging
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from nestune.environment import set_defaults
+
+set_defaults()
+
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+
+from nestune.config import RunConfig, load_config
+from nestune.errors import NestuneError, ServiceError
+from nestune.runs import RunPaths
+from nestune.training.checkpoints import refuse_other_checkpoints
+
+
+@task(task_run_name="validate", cache_policy=NO_CACHE)
+def validate(config: RunConfig) -> dict[str, Any]:
+    """Check the JSONL, split it, and write the dataset of the run."""
+    from nestune.stages.validate import validate as stage
+
+    return stage(config, RunPaths.of(config.name)).as_dict()
+
+
+@task(task_run_name="tiers", cache_policy=NO_CACHE)
+def tiers(config: RunConfig) -> dict[str, Any]:
+    """Divide the LoRA parameters among the tiers."""
+    from nestune.stages.assign import assign as stage
+
+    return stage(config, RunPaths.of(config.name)).as_dict()
+
+
+@task(task_run_name="train", cache_policy=NO_CACHE)
+def train(config: RunConfig, overwrite: bool) -> dict[str, Any]:
+    """Train the adapter. No retries: what failed once in training fails again."""
+    from nestune.stages.train import train as stage
+
+    return stage(config, RunPaths.of(config.name), overwrite=overwrite).as_dict()
+
+
+@task(task_run_name="evaluate", cache_policy=NO_CACHE)
+def evaluate(config: RunConfig) -> dict[str, Any]:
+    """Score base, parent, champion and candidate, and let the gate decide."""
+    from nestune.stages.evaluate import evaluate as stage
+
+    return stage(config, RunPaths.of(config.name)).as_dict()
+
+
+def _may_succeed_later(_task: Any, _run: Any, state: Any) -> bool:
+    return isinstance(state.result(raise_on_failure=False), ServiceError)
+
+
+@task(
+    task_run_name="register",
+    cache_policy=NO_CACHE,
+    retries=2,
+    retry_delay_seconds=10,
+    retry_condition_fn=_may_succeed_later,
+)
+def register(config: RunConfig) -> dict[str, Any]:
+    """Register the adapter, and promote it if the gate let it pass. The registry may be across a network."""
+    from nestune.stages.register import register as stage
+
+    return stage(config, RunPaths.of(config.name)).as_dict()
+
+
+@flow(name="retrain", flow_run_name="{config.name}")
+def retrain(config: RunConfig, overwrite: bool = False) -> dict[str, Any]:
+    """From JSONL to a registered adapter; champion, if it learned and nothing was forgotten.
+
+    `overwrite` replaces checkpoints that another configuration trained under the same name.
+    """
+    run = RunPaths.of(config.name)
+    if not overwrite:
+        refuse_other_checkpoints(config, run)
+    # Called, not submitted: training stays in the main thread, where a request to end reaches it.
+    results = {
+        "validate": validate(config),
+        "tiers": tiers(config),
+        "train": train(config, overwrite),
+        "evaluate": evaluate(config),
+        "register": register(config),
+    }
+    summary = _summary(run, results["register"])
+    create_markdown_artifact(summary, key="retrain-report", description=f"what became of {config.name}")
+    get_run_logger().info("%(model)s version %(version)s, gate %(gate)s: %(reason)s", results["register"])
+    return results
+
+
+def _summary(run: RunPaths, registered: dict[str, Any]) -> str:
+    """The gate's verdict, the scores and where to look, as Markdown."""
+    report = json.loads((run.evaluation / "report.json").read_text(encoding="utf-8"))
+    scores = report["scores"]
+    rows = [[name, *(_shown(scores[model][name]) for model in scores)] for name in scores["candidate"]]
+    table = [["set", *scores], ["---"] * (len(scores) + 1), *rows]
+    verdict = "promoted to champion" if registered["promoted"] else f"not promoted (gate: {registered['gate']})"
+    look = f"after `{registered['open_with']}`" if registered["open_with"] else "running"
+    return "\n".join(
+        [
+            f"# {registered['model']} version {registered['version']}: {verdict}",
+            registered["reason"],
+            "",
+            *("| " + " | ".join(cells) + " |" for cells in table),
+            "",
+            "Exact match where a set has answers, else loss in nats per token.",
+            "",
+            f"- Report: [{run.evaluation / 'report.html'}]({(run.evaluation / 'report.html').absolute().as_uri()})",
+            f"- MLflow: [{registered['run_id']}]({registered['page']}), {look}",
+            f"- Tracking: `{registered['tracking_uri']}`",
+        ]
+    )
+
+
+def _shown(score: dict[str, Any]) -> str:
+    return f"{score['loss']:.3f}" if score["exact_match"] is None else f"{score['exact_match']:.1%}"
+
+
+def quiet_logs() -> None:
+    """Have Prefect log an error that says what to do once and without traceback."""
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logging.getLogger(name).addFilter(_OneLineOfAFailure())
+
+
+class _OneLineOfAFailure(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and isinstance(record.exc_info[1], NestuneError):
+            return False
+        if "Failed(" in record.getMessage():
+            # Prefect shows the exception as Python writes it, its line breaks escaped.
+            record.msg, record.args = record.getMessage().partition("\\n")[0], ()
+        return True
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the flow once; returns 0, 2 for wrong input, 1 for a failure."""
+    parser = argparse.ArgumentParser(description="From JSONL to a registered adapter, as a Prefect flow.")
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML file of the run")
+    parser.add_argument("--name", metavar="RUN", help="name of the run, in place of the file's")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. training.steps=20; repeatable"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace checkpoints that another configuration trained"
+    )
+    options = parser.parse_args(arguments)
+    quiet_logs()
+    # An ordinary exit, so that Prefect's temporary server does not outlive the flow.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        retrain(load_config(options.config, options.set, options.name), options.overwrite)
+    except NestuneError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Records and their formats, validation, tokens with their masks, and batches."""

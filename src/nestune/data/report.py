@@ -1,0 +1,85 @@
+"""What validation found, as the numbers of report.json."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from nestune.errors import Fault
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(frozen=True)
+class SetReport:
+    """One set of the dataset.
+
+    records: accepted ones, by format in `formats`; tokens and supervised_tokens: their sums; tokens_of_a_record:
+    min, median and max; truncated: records cut to data.max_seq_length; duplicates: accepted repetitions;
+    rejected: lines that cannot be used, their faults by kind in `faults`; ignored_keys: how many records have keys
+    beside those of their format.
+    """
+
+    records: int
+    formats: dict[str, int]
+    tokens: int
+    tokens_of_a_record: dict[str, float]
+    supervised_tokens: int
+    truncated: int
+    duplicates: int
+    rejected: int
+    faults: dict[str, int]
+    blank_lines: int
+    ignored_keys: dict[str, int]
+
+
+@dataclass(frozen=True)
+class DatasetReport:
+    """A built dataset: its sets by name, and the SHA-256 of what it was made from and of what was written.
+
+    sha256: over all the files in `outputs`; supervised_example: the first record to train on, with what is learned
+    between » and «.
+    """
+
+    sha256: str
+    sets: dict[str, SetReport]
+    sources: dict[str, str]
+    outputs: dict[str, str]
+    supervised_example: str
+    expectations: list[dict[str, Any]]
+
+    @property
+    def rejected(self) -> int:
+        """Lines of all sets that cannot be used."""
+        return sum(report.rejected for report in self.sets.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as a JSON object; the same input gives the same one."""
+        return asdict(self)
+
+
+def report_set(
+    records: "pandas.DataFrame", faults: Sequence[Fault], tally: Counter[str], ignored_keys: Counter[str]
+) -> SetReport:
+    """Sum up one set: `records` are its rows of the profile, at least one."""
+    kinds = Counter(fault.problem.partition(":")[0] for fault in faults)
+    tokens = records["tokens"]
+    return SetReport(
+        records=len(records),
+        formats={str(kind): int(number) for kind, number in records["kind"].value_counts().items() if number},
+        tokens=int(tokens.sum()),
+        tokens_of_a_record={"min": int(tokens.min()), "median": float(tokens.median()), "max": int(tokens.max())},
+        supervised_tokens=int(records["supervised"].sum()),
+        truncated=int(records["truncated"].sum()),
+        duplicates=int(records["digest"].duplicated().sum()),
+        rejected=len(rejected_lines(faults)),
+        faults=dict(sorted(kinds.items())),
+        blank_lines=tally["blank_lines"],
+        ignored_keys=dict(sorted(ignored_keys.items())),
+    )
+
+
+def rejected_lines(faults: Sequence[Fault]) -> set[tuple[str, int]]:
+    """The lines, as file and number, that have a fault."""
+    return {(fault.file, fault.line) for fault in faults if fault.line}

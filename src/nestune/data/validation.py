@@ -1,0 +1,227 @@
+"""Builds a run's dataset: good records go into its files, bad ones stop it or are set aside, a report says which."""
+
+import hashlib
+import json
+import math
+from collections import ChainMap, Counter
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nestune.config import DataConfig, ReplayConfig
+from nestune.data.expectations import check_profile
+from nestune.data.profile import Profile
+from nestune.data.records import Record, find_files, read_lines, read_records
+from nestune.data.report import DatasetReport, SetReport, rejected_lines, report_set
+from nestune.data.tokens import Tokenizer, encode_all, marked_text
+from nestune.errors import DataError, Fault
+from nestune.runs import replaced_folder, sha256_file, sha256_files, write_json
+
+if TYPE_CHECKING:
+    import pandas
+
+RAW_BYTES_OF_A_REJECTED_LINE = 2000
+
+
+def build_dataset(data: DataConfig, replay: ReplayConfig, tokenizer: Tokenizer, folder: Path) -> DatasetReport:
+    """Write the files of a dataset, its report and Data Docs into `folder`, which appears whole or not at all.
+
+    Raises DataError with every fault when records cannot be used and data.on_invalid is fail, when no record of a
+    set can, or when an expectation is not met; ConfigError when the tokenizer cannot render a chat.
+    """
+    with replaced_folder(folder) as new:
+        builder = _Builder(data, tokenizer, new)
+        train = builder.read("train", find_files(data.train), trained={})
+        replayed = [
+            builder.read(f"replay/{number}", find_files([entry]), trained={})
+            for number, entry in enumerate(replay.files)
+        ]
+        # What is trained on says nothing when it is measured on.
+        trained = ChainMap(train, *replayed)
+        if not isinstance(data.valid, float):
+            builder.read("valid", find_files(data.valid), trained)
+        for name, paths in data.retention.items():
+            builder.read(f"retention/{name}", find_files(paths), trained)
+        builder.reject_faults()
+        if isinstance(data.valid, float):
+            builder.hold_out(data.valid, never=ChainMap(*replayed))
+        return builder.report()
+
+
+class _Builder:
+    """The sets of a dataset as far as they are read: their files in `folder`, profile, faults and tallies."""
+
+    def __init__(self, data: DataConfig, tokenizer: Tokenizer, folder: Path) -> None:
+        self.data, self.tokenizer, self.folder = data, tokenizer, folder
+        self.profile = Profile()
+        self.sources: dict[str, list[Path]] = {}
+        self.faults: dict[str, list[Fault]] = {}
+        self.tallies: dict[str, Counter[str]] = {}
+        self.ignored_keys: dict[str, Counter[str]] = {}
+        self.example = ""
+
+    def read(self, name: str, files: Sequence[Path], trained: Mapping[bytes, int]) -> dict[bytes, int]:
+        """Write the good records of `files` into the set's file and note every fault.
+
+        Returns the digest of each record with its number in the profile. Records that are in `trained` are
+        faults, as are repeated ones unless they are allowed.
+        """
+        self.sources[name] = list(files)
+        faults = self.faults[name] = []
+        tally = self.tallies[name] = Counter()
+        ignored_keys = self.ignored_keys[name] = Counter()
+        seen: dict[bytes, int] = {}
+        path = self._file_of(name)
+        path.parent.mkdir(exist_ok=True)
+        records = (record for file in files for record in read_records(file, self.data.max_line_bytes, tally))
+        with path.open("wb") as file:
+            for outcome in encode_all(records, self.tokenizer, self.data.max_seq_length):
+                if isinstance(outcome, Fault):
+                    faults.append(outcome)
+                    continue
+                record, row = outcome
+                digest = record.digest
+                repetition = self._repetition(record, digest, seen, trained)
+                if repetition is not None:
+                    faults.append(repetition)
+                    continue
+                number = self.profile.add(name, record, digest, row)
+                seen.setdefault(digest, number)
+                ignored_keys.update(record.ignored_keys)
+                file.write(record.as_json().encode("utf-8") + b"\n")
+                if number == 0:
+                    self.example = marked_text(row, self.tokenizer)
+        return seen
+
+    def reject_faults(self) -> None:
+        """Stop at the faults, or move them to rejected.jsonl, as the configuration says."""
+        faults = [fault for found in self.faults.values() for fault in found]
+        if faults and self.data.on_invalid == "fail":
+            rejected = sum(len(rejected_lines(found)) for found in self.faults.values())
+            lines = sum(tally["lines"] for tally in self.tallies.values())
+            empty_files = len({fault.file for fault in faults if not fault.line})
+            raise DataError(
+                f"{rejected} of {lines} records{f' and {empty_files} empty file(s)' if empty_files else ''} cannot be "
+                "used; nothing was written. Mend them, or set data.on_invalid=quarantine to go on without them",
+                faults,
+            )
+        for name, found in self.faults.items():
+            if not len(self.profile.rows_of(name)):
+                raise DataError(f"{name}: not one of its records can be used; nothing was written. Mend them", found)
+        with (self.folder / "rejected.jsonl").open("w", encoding="utf-8", newline="\n") as file:
+            for name, found in self.faults.items():
+                for fault, raw in _with_raw_lines(found):
+                    rejection = {"set": name, **fault.as_dict(), "raw": raw}
+                    file.write(json.dumps(rejection, ensure_ascii=False) + "\n")
+
+    def hold_out(self, fraction: float, never: Container[bytes]) -> None:
+        """Move a fraction of train to valid, at least one record, but none that is in `never`."""
+        numbers = self.profile.rows_of("train").tolist()
+        digests = [self.profile.digest(number) for number in numbers]
+        held_out = choose_held_out(digests, fraction, never)
+        everything = self.folder / "everything.jsonl"
+        self._file_of("train").rename(everything)
+        with (
+            everything.open("rb") as lines,
+            self._file_of("train").open("wb") as train,
+            self._file_of("valid").open("wb") as valid,
+        ):
+            for number, digest, line in zip(numbers, digests, lines, strict=True):
+                if digest in held_out:
+                    self.profile.move(number, "valid")
+                (valid if digest in held_out else train).write(line)
+        everything.unlink()
+
+    def report(self) -> DatasetReport:
+        """Hold the dataset against the expectations, and write what it is to report.json."""
+        frame = self.profile.frame()
+        sets = list(dict.fromkeys(["train", "valid", *self.sources]))
+        files = [self._file_of(name) for name in sets]
+        expectations = check_profile(
+            frame,
+            sets,
+            written=sum(_count_lines(file) for file in files),
+            max_length=self.data.max_seq_length,
+            allow_duplicates=self.data.allow_duplicates,
+            docs=self.folder / "data_docs",
+        )
+        report = DatasetReport(
+            sha256=sha256_files(self.folder, files),
+            sets={name: self._report_set(name, frame) for name in sets},
+            sources={str(path): sha256_file(path) for paths in self.sources.values() for path in paths},
+            outputs={file.relative_to(self.folder).as_posix(): sha256_file(file) for file in files},
+            supervised_example=self.example,
+            expectations=expectations,
+        )
+        write_json(self.folder / "report.json", report.as_dict())
+        return report
+
+    def _file_of(self, name: str) -> Path:
+        return self.folder / f"{name}.jsonl"
+
+    def _repetition(
+        self, record: Record, digest: bytes, seen: Mapping[bytes, int], trained: Mapping[bytes, int]
+    ) -> Fault | None:
+        if digest in trained:
+            problem = f"also trained on: the same record as {self.profile.where(trained[digest])}"
+            remedy = "Remove it here or there; a score on what was trained on would say nothing"
+        elif digest in seen and not self.data.allow_duplicates:
+            problem = f"duplicate: the same record as {self.profile.where(seen[digest])}"
+            remedy = "Remove one, or set data.allow_duplicates=true"
+        else:
+            return None
+        return Fault(record.file, record.line, "", problem, remedy)
+
+    def _report_set(self, name: str, frame: "pandas.DataFrame") -> SetReport:
+        # What is wrong with a file that was split is told once, under train.
+        nothing: Counter[str] = Counter()
+        return report_set(
+            frame[frame["set"] == name],
+            self.faults.get(name, []),
+            self.tallies.get(name, nothing),
+            self.ignored_keys.get(name, nothing),
+        )
+
+
+def choose_held_out(digests: Sequence[bytes], fraction: float, never: Container[bytes]) -> set[bytes]:
+    """The records to hold out: a fraction of them rounded up, those with the smallest hash of their digest.
+
+    The choice depends on what the records hold, not on their order, and mostly stays when records are added. All
+    copies of a record go together. Raises DataError when nothing can be held out with something left to train on.
+    """
+    # The subtraction keeps 0.55 * 100, a little above 55 in floating point, from becoming 56.
+    wanted = max(1, math.ceil(fraction * len(digests) - 1e-9))
+    copies = Counter(digests)
+    candidates = (digest for digest in copies if digest not in never)
+    held_out: set[bytes] = set()
+    number = 0
+    for digest in sorted(candidates, key=lambda digest: hashlib.sha256(digest).digest()):
+        if number >= wanted or number + copies[digest] == len(digests):
+            break
+        held_out.add(digest)
+        number += copies[digest]
+    if not held_out:
+        raise DataError(
+            f"data.valid is {fraction:g}, but of the {len(digests)} records to train on none can be held out so that "
+            "one is left to train on and the held-out one is not replayed. Add records, or name files in data.valid."
+        )
+    return held_out
+
+
+def _with_raw_lines(faults: Iterable[Fault]) -> Iterator[tuple[Fault, str]]:
+    """The faults by file and line, each with the beginning of its line as it stands in the file."""
+    in_order = sorted(faults, key=lambda fault: (fault.file, fault.line))
+    for file, group in groupby(in_order, key=lambda fault: fault.file):
+        lines = read_lines(Path(file), RAW_BYTES_OF_A_REJECTED_LINE)
+        number, raw = 0, ""
+        for fault in group:
+            while number < fault.line:
+                line = next(lines)
+                number, raw = line.number, line.content.decode("utf-8", errors="replace")
+            yield fault, raw
+
+
+def _count_lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(1 for _ in file)

@@ -1,0 +1,137 @@
+"""The report of an evaluation: as JSON for programs, as flat metrics for DVC, as one page for people."""
+
+import base64
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from nestune.base_model import BaseModel
+from nestune.config import RunConfig
+from nestune.evaluation.gate import NEW_TASK, Verdict
+from nestune.evaluation.history import History
+from nestune.evaluation.scores import Scores, columns
+
+TEMPLATE = "report.html.j2"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All that was found out about a candidate.
+
+    `adapters`: model -> SHA-256 of its adapter's weights, None for the base without one; `rows`: set -> how
+    many rows; `candidate_step`: the step at which its checkpoint was written; `champion_version`: the version
+    compared with, None when there is none.
+    """
+
+    config: RunConfig
+    base: BaseModel
+    dataset_sha256: str
+    rows: Mapping[str, int]
+    history: History
+    adapters: Mapping[str, str | None]
+    candidate_step: int
+    champion_version: str | None
+    scores: Scores
+    verdict: Verdict
+
+
+def build_report(evaluation: Evaluation) -> dict[str, Any]:
+    """The report as a JSON object; equal for equal inputs, as it holds no times and no places."""
+    config, base, history = evaluation.config, evaluation.base, evaluation.history
+    scores = {
+        model: {name: score.as_dict() for name, score in by_set.items()} for model, by_set in evaluation.scores.items()
+    }
+    wrong_answers = {name: score["examples"] for name, score in scores["candidate"].items() if score["examples"]}
+    return {
+        "name": config.name,
+        **evaluation.verdict.as_dict(),
+        "champion_version": evaluation.champion_version,
+        "scores": {
+            model: {name: _without(score, "examples") for name, score in by_set.items()}
+            for model, by_set in scores.items()
+        },
+        "wrong_answers": wrong_answers,
+        "candidate": {
+            "checkpoint": config.evaluation.checkpoint,
+            "step": evaluation.candidate_step,
+            "steps": history.steps[-1],
+        },
+        "adapters": dict(evaluation.adapters),
+        "base": {"reference": base.reference, "revision": base.revision, "sha256": base.sha256},
+        "dataset": {"sha256": evaluation.dataset_sha256, "rows": dict(evaluation.rows)},
+        "tiers": {
+            "strategy": config.tiers.strategy,
+            "update_every": list(config.tiers.update_every),
+            "update_counts": list(history.update_counts[-1]),
+        },
+        "config": config.model_dump(mode="json"),
+    }
+
+
+def flat_metrics(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The candidate's numbers and the verdict, as `dvc metrics show` lists them."""
+    numbers = {
+        name: {key: score[key] for key in ("exact_match", "loss") if score[key] is not None}
+        for name, score in report["scores"]["candidate"].items()
+    }
+    return {
+        NEW_TASK: numbers.pop(NEW_TASK),
+        "retention": numbers,
+        "gate_passed": report["passed"],
+    }
+
+
+def render_html(report: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
+    """The report as one page that loads nothing. `images`: PNG bytes of `loss`, `tiers` and `retention`."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("nestune.evaluation", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    titles = columns(report["scores"])
+    return environment.get_template(TEMPLATE).render(
+        report=report,
+        titles=list(titles),
+        table=[_table_row(report, name, titles) for name in report["scores"]["candidate"]],
+        images={name: f"data:image/png;base64,{base64.b64encode(png).decode()}" for name, png in images.items()},
+        config_yaml=yaml.safe_dump(report["config"], sort_keys=False, allow_unicode=True),
+    )
+
+
+def _table_row(report: Mapping[str, Any], set_name: str, titles: Mapping[str, str]) -> dict[str, Any]:
+    """One set as the table shows it: a cell for each column, and the candidate against the model compared with."""
+    of_model = {model: by_set[set_name] for model, by_set in report["scores"].items()}
+    candidate, reference = of_model["candidate"], of_model[report["compared_with"]]
+    has_answers = candidate["exact_match"] is not None
+    differences = {
+        key: None if candidate[key] is None or reference[key] is None else candidate[key] - reference[key]
+        for key in ("exact_match", "loss")
+    }
+    return {
+        "set": set_name,
+        "rows": report["dataset"]["rows"][set_name],
+        "measure": "exact match" if has_answers else "loss",
+        "cells": [_cell(of_model[model], has_answers, sign="") for model in titles.values()],
+        "change": _cell(differences, has_answers, sign="+"),
+        "passed": all(check["passed"] for check in report["checks"] if check["set"] == set_name),
+    }
+
+
+def _cell(numbers: Mapping[str, Any], has_answers: bool, sign: str) -> dict[str, str]:
+    """What the set is judged by, in large, and the other number, in small."""
+    shown = {
+        key: "–" if numbers[key] is None else format(numbers[key], f"{sign}z.3f").replace("-", "−")
+        for key in ("exact_match", "loss")
+    }
+    judged, besides = (shown["exact_match"], shown["loss"]) if has_answers else (shown["loss"], "")
+    return {"judged": judged, "besides": besides}
+
+
+def _without(content: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in content.items() if name != key}

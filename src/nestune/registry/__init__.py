@@ -1,0 +1,1 @@
+"""MLflow: runs are tracked, adapters registered, promoted by alias, and served."""

@@ -1,0 +1,128 @@
+"""The way to MLflow: which store a configuration means, and what the user is told when it fails."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nestune.config import RegistryConfig
+from nestune.errors import RunError, ServiceError
+
+DEFAULT_TRACKING_URI = "sqlite:///mlflow/mlflow.db"
+HTTP = ("http://", "https://")
+# MLflow's own patience with a server that is down is minutes; a setting of the user's environment wins.
+IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+
+
+def tracking_uri(registry: RegistryConfig) -> str:
+    """The MLflow server or database that is meant; by default SQLite below the current folder."""
+    return registry.tracking_uri or DEFAULT_TRACKING_URI
+
+
+def connect(registry: RegistryConfig) -> Any:
+    """An MlflowClient that has had an answer. Raises ServiceError, within seconds, when none comes."""
+    from mlflow import MlflowClient
+
+    uri = tracking_uri(registry)
+    with speaking_to(uri), impatience():
+        path = _sqlite_path(uri)
+        # MLflow remembers stores by address; a relative one would mean another database in another folder.
+        store = uri if path is None else f"sqlite:///{path.absolute()}"
+        _reach_database(store)
+        client = MlflowClient(tracking_uri=store, registry_uri=store)
+        client.search_experiments(max_results=1)
+    return client
+
+
+@contextmanager
+def speaking_to(uri: str) -> Iterator[None]:
+    """Turn what MLflow, its database or the network raise into a ServiceError that names the store."""
+    from mlflow.exceptions import MlflowException
+    from requests.exceptions import RequestException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError, RequestException) as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        remedy = (
+            "See that the server runs and that this machine reaches it"
+            if uri.startswith(HTTP)
+            else "See that the database is there, whole and writable"
+        )
+        raise ServiceError(
+            f"MLflow at {uri} fails: {first_line.rstrip('.')}. {remedy}, or correct registry.tracking_uri."
+        ) from error
+
+
+def impatience() -> Any:
+    """A context in which a server that is down is noticed within seconds."""
+    return environment_defaults(IMPATIENT)
+
+
+@contextmanager
+def environment_defaults(values: Mapping[str, str]) -> Iterator[None]:
+    """Set those environment variables that are not set; MLflow has no other way to be told some things."""
+    added = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+def find_experiment(client: Any, registry: RegistryConfig) -> str:
+    """The id of the configured experiment, which is made when it is new.
+
+    The artifacts of a SQLite store lie beside its database; other stores decide for themselves.
+    """
+    from mlflow.exceptions import MlflowException
+
+    name = registry.experiment
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        try:
+            return str(client.create_experiment(name, artifact_location=_artifact_location(tracking_uri(registry))))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            found = client.get_experiment_by_name(name)  # another run made it in between
+    if found.lifecycle_stage == "deleted":
+        raise RunError(
+            f"registry.experiment {name!r} is deleted in MLflow. Restore it with "
+            f"mlflow experiments restore --experiment-id {found.experiment_id}, or name another one."
+        )
+    return str(found.experiment_id)
+
+
+def _reach_database(uri: str) -> None:
+    """Open a database once; MLflow would try ten times, over minutes."""
+    from mlflow.store.db.db_types import DATABASE_ENGINES
+    from sqlalchemy import create_engine, inspect
+
+    if uri.partition(":")[0].partition("+")[0] not in DATABASE_ENGINES:
+        return
+    path = _sqlite_path(uri)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    engine = create_engine(uri)
+    try:
+        inspect(engine)
+    finally:
+        engine.dispose()
+
+
+def _artifact_location(uri: str) -> str | None:
+    path = _sqlite_path(uri)
+    return None if path is None else str(path.absolute().parent / "artifacts")
+
+
+def _sqlite_path(uri: str) -> Path | None:
+    from sqlalchemy.engine import make_url
+
+    if not uri.startswith("sqlite:"):
+        return None
+    database = make_url(uri).database
+    return Path(database) if database else None

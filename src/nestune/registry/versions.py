@@ -1,0 +1,212 @@
+"""Versions of the registered model: adapters that are registered, promoted by alias, and fetched again."""
+
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Any
+
+from nestune.backends.adapters import CONFIG, METADATA, WEIGHTS
+from nestune.config import RegistryConfig, RunConfig
+from nestune.errors import ConfigError, RunError
+from nestune.registry.connection import connect, environment_defaults, speaking_to, tracking_uri
+from nestune.runs import read_json, sha256_file
+
+CANDIDATE = "candidate"
+CHAMPION = "champion"
+SERVED_MODEL = Path(__file__).with_name("served_model.py")
+REQUIREMENTS = ("mlflow", "torch", "transformers", "peft")
+REFERENCE = re.compile(r"models:/(?P<name>[^/@']+)(?P<which>@[^/@]+|/[0-9]+)")
+FORMS = "Name a folder, models:/<name>@<alias> or models:/<name>/<version>."
+TAG_CHARACTERS = 4000
+# No progress bars for kilobytes, and no copy of the current folder's uv.lock in a version.
+MODEL_SETTINGS = {"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false", "MLFLOW_UV_AUTO_DETECT": "false"}
+
+
+@dataclass(frozen=True)
+class Champion:
+    """The version in use: its number, its adapter's folder, and the content hash of the base it needs."""
+
+    version: str
+    folder: Path
+    base_sha256: str
+
+
+def register_version(config: RunConfig, run_id: str, checkpoint: Path, tags: Mapping[str, str]) -> str:
+    """Make the adapter of a checkpoint a version and point `candidate` at the newest one; returns its number.
+
+    The same adapter of the same MLflow run stays one version, so that a repeated attempt adds none.
+    """
+    client, uri, name = connect(config.registry), tracking_uri(config.registry), config.registry.registered_model
+    tags = {**tags, "adapter_sha256": sha256_file(checkpoint / WEIGHTS)}
+    with speaking_to(uri):
+        _ensure_registered_model(client, name)
+        same = [v for v in _versions(client, name) if _identity(v) == (run_id, tags["adapter_sha256"])]
+        version = same[0] if same else _create_version(client, config, run_id, checkpoint, tags)
+        newest = max(int(v.version) for v in _versions(client, name))
+        client.set_registered_model_alias(name, CANDIDATE, str(newest))
+    return str(version.version)
+
+
+def tag_version(registry: RegistryConfig, version: str, tags: Mapping[str, str]) -> None:
+    """Set or replace tags of a version."""
+    client = connect(registry)
+    with speaking_to(tracking_uri(registry)):
+        for key, value in tags.items():
+            client.set_model_version_tag(registry.registered_model, version, key, value[:TAG_CHARACTERS])
+
+
+def promote_version(registry: RegistryConfig, version: str, compared_with: str | None) -> bool:
+    """Point `champion` at a version; false, and nothing done, when another one became champion meanwhile.
+
+    `compared_with` is the champion that the gate compared the version with, None when there was none.
+    """
+    client, name = connect(registry), registry.registered_model
+    with speaking_to(tracking_uri(registry)):
+        current = _aliases(client, name).get(CHAMPION)
+        if current not in (compared_with, version):
+            return False
+        client.set_registered_model_alias(name, CHAMPION, version)
+    return True
+
+
+def champion(registry: RegistryConfig) -> Champion | None:
+    """The version in use with its adapter on this disk, or None while there is none."""
+    client, uri, name = connect(registry), tracking_uri(registry), registry.registered_model
+    with speaking_to(uri):
+        version = _aliases(client, name).get(CHAMPION)
+    if version is None:
+        return None
+    folder = _fetch(client, uri, name, version)
+    metadata = read_json(folder / METADATA, f"Move the alias {CHAMPION} to a version that is whole.")
+    return Champion(version, folder, str(metadata["base"]["sha256"]))
+
+
+def resolve_adapter(reference: str, registry: RegistryConfig) -> Path:
+    """The folder of an adapter: a path, `models:/<name>@<alias>` or `models:/<name>/<version>`.
+
+    Raises ConfigError when there is no such folder, name, alias or version.
+    """
+    if not reference.startswith("models:/"):
+        if not Path(reference).is_dir():
+            raise ConfigError(f"model.adapter is {reference!r}: no such folder. {FORMS}")
+        return Path(reference)
+    _, name, version = pin_adapter(reference, registry).split("/")
+    return _fetch(connect(registry), tracking_uri(registry), name, version)
+
+
+def pin_adapter(reference: str, registry: RegistryConfig) -> str:
+    """The reference with an alias replaced by the version it points at now; raises ConfigError as above."""
+    if not reference.startswith("models:/"):
+        return reference
+    parts = REFERENCE.fullmatch(reference)
+    if parts is None:
+        raise ConfigError(f"model.adapter is {reference!r}. {FORMS}")
+    client, uri, name = connect(registry), tracking_uri(registry), parts["name"]
+    with speaking_to(uri):
+        known = {f"@{alias}": version for alias, version in _aliases(client, name).items()}
+        known |= {f"/{v.version}": str(v.version) for v in _versions(client, name)}
+    if parts["which"] not in known:
+        there = f"has of {name} only {', '.join(sorted(known))}" if known else f"has no model {name}"
+        raise ConfigError(f"model.adapter is {reference!r}; MLflow at {uri} {there}. {FORMS}")
+    return f"models:/{name}/{known[parts['which']]}"
+
+
+def _ensure_registered_model(client: Any, name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _aliases(client: Any, name: str) -> dict[str, str]:
+    """Alias -> version of a registered model; empty when there is no such model."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return {alias: str(version) for alias, version in client.get_registered_model(name).aliases.items()}
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return {}
+
+
+def _versions(client: Any, name: str) -> list[Any]:
+    return list(client.search_model_versions(f"name='{name}'"))
+
+
+def _identity(version: Any) -> tuple[str, str | None]:
+    return version.run_id, version.tags.get("adapter_sha256")
+
+
+def _create_version(client: Any, config: RunConfig, run_id: str, checkpoint: Path, tags: Mapping[str, str]) -> Any:
+    """Upload the adapter as a logged model of the MLflow run, and make it a version."""
+    from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+    from mlflow.models import Model
+
+    metadata = read_json(checkpoint / METADATA, "Run nestune train again.")
+    experiment_id = client.get_run(run_id).info.experiment_id
+    logged = client.create_logged_model(experiment_id, config.name.replace(".", "-"), source_run_id=run_id)
+    location, model_id = logged.artifact_location, logged.model_id
+    model = Model(artifact_path=location, run_id=run_id, model_uuid=model_id, model_id=model_id)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch, "model")
+        _save_model(model, config, str(metadata["base"]["sha256"]), checkpoint, folder)
+        client.log_model_artifacts(model_id, str(folder))
+    client.finalize_logged_model(model_id, LoggedModelStatus.READY)
+    client.log_outputs(run_id, [LoggedModelOutput(model_id, step=int(metadata["step"]))])
+    name = config.registry.registered_model
+    return client.create_model_version(name, location, run_id=run_id, tags=dict(tags), model_id=model_id)
+
+
+def _save_model(model: Any, config: RunConfig, base_sha256: str, checkpoint: Path, folder: Path) -> None:
+    """Write an MLflow model: PEFT's two files, our metadata, the code that serves them, and where the base is."""
+    from mlflow import pyfunc
+
+    adapter = folder.with_name("adapter")
+    adapter.mkdir()
+    for file in (WEIGHTS, CONFIG, METADATA):
+        shutil.copyfile(checkpoint / file, adapter / file)
+    settings = {
+        "base": config.model.base,
+        "revision": config.model.revision,
+        "base_sha256": base_sha256,
+        "dtype": config.model.dtype,
+        "max_new_tokens": config.evaluation.max_answer_tokens,
+    }
+    with environment_defaults(MODEL_SETTINGS):
+        pyfunc.save_model(
+            path=str(folder),
+            mlflow_model=model,
+            python_model=str(SERVED_MODEL),
+            artifacts={"adapter": str(adapter)},
+            model_config=settings,
+            # A local version label such as +cpu is on no package index.
+            pip_requirements=[f"{name}=={installed_version(name).partition('+')[0]}" for name in REQUIREMENTS],
+        )
+
+
+def _fetch(client: Any, uri: str, name: str, version: str) -> Path:
+    """The adapter's folder of a version: in place where the artifacts are local, else a temporary copy.
+
+    Raises RunError when its weights are not those that were registered.
+    """
+    from mlflow.artifacts import download_artifacts
+
+    with speaking_to(uri), environment_defaults(MODEL_SETTINGS):
+        source = client.get_model_version_download_uri(name, version)
+        folder = Path(download_artifacts(artifact_uri=f"{source}/artifacts/adapter", tracking_uri=client.tracking_uri))
+        registered = client.get_model_version(name, version).tags.get("adapter_sha256")
+    found = sha256_file(folder / WEIGHTS)
+    if registered not in (None, found):
+        raise RunError(
+            f"models:/{name}/{version}: the adapter at {source} has sha256 {found[:12]}, registered was "
+            f"{registered[:12]}. Restore its files, or move the alias to another version."
+        )
+    return folder

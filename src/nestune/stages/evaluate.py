@@ -1,0 +1,168 @@
+"""The evaluate stage: scores base, parent, champion and candidate, decides the gate, and writes the report."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nestune.backends.adapters import METADATA, WEIGHTS
+from nestune.backends.base import Backend, make_backend
+from nestune.base_model import BaseModel, resolve_base
+from nestune.config import RunConfig
+from nestune.data.dataset import load_dataset
+from nestune.data.tokens import Row, Tokenizer, load_tokenizer
+from nestune.errors import ConfigError, RunError
+from nestune.evaluation.gate import NEW_TASK, Verdict, decide
+from nestune.evaluation.history import History, read_history
+from nestune.evaluation.plots import loss_curves, retention_bars, tier_updates
+from nestune.evaluation.report import Evaluation, build_report, flat_metrics, render_html
+from nestune.evaluation.scores import Score, Scores, score
+from nestune.registry.versions import Champion, champion, resolve_adapter
+from nestune.runs import (
+    RunPaths,
+    read_json,
+    record_stage,
+    replaced_folder,
+    sha256_file,
+    write_bytes,
+    write_json,
+    write_text,
+)
+
+
+@dataclass(frozen=True)
+class EvaluateResult:
+    """What the evaluate stage found: the gate's verdict, the scores behind it, and where the page about both is."""
+
+    verdict: Verdict
+    champion_version: str | None
+    scores: Scores
+    page: Path
+
+    def as_dict(self) -> dict[str, Any]:
+        """The result as a JSON object."""
+        return {
+            **self.verdict.as_dict(),
+            "champion_version": self.champion_version,
+            "scores": {
+                model: {name: {"exact_match": s.exact_match, "loss": s.as_dict()["loss"]} for name, s in sets.items()}
+                for model, sets in self.scores.items()
+            },
+            "page": self.page.as_posix(),
+        }
+
+
+def evaluate(config: RunConfig, run: RunPaths, backend: Backend | None = None) -> EvaluateResult:
+    """Score every model on the new task's held-out part and on every retention set, and decide the gate.
+
+    Writes evaluation/ whole or not at all: report.json, metrics.json, report.html, the pictures and plots/*.csv.
+    Raises RunError when the candidate's checkpoint or the dataset is missing or changed, ConfigError when the
+    champion was trained on another base.
+    """
+    candidate = run.checkpoints / config.evaluation.checkpoint
+    if not (candidate / WEIGHTS).is_file():
+        raise RunError(f"there is no adapter in {candidate}. Train it first: nestune train --name {config.name}")
+    base = resolve_base(config.model)
+    current = champion(config.registry)
+    folders = _adapter_folders(config, base, candidate, current)
+    history = read_history(run.metrics)
+    tokenizer = load_tokenizer(base.folder)
+    dataset = load_dataset(run.dataset, tokenizer, config.data.max_seq_length)
+    sets = {NEW_TASK: dataset.valid, **dataset.retention}
+    backend = backend or make_backend(config)
+    adapters = {model: sha256_file(folder / WEIGHTS) if folder else None for model, folder in folders.items()}
+    scores = _score_once(backend, folders, adapters, sets, tokenizer, config)
+    verdict = decide(scores, config.gate)
+    evaluation = Evaluation(
+        config=config,
+        base=base,
+        dataset_sha256=dataset.sha256,
+        rows={"train": len(dataset.train)} | {name: len(rows) for name, rows in sets.items()},
+        history=history,
+        adapters=adapters,
+        candidate_step=read_json(candidate / METADATA, "Run nestune train again.")["step"],
+        champion_version=current.version if current else None,
+        scores=scores,
+        verdict=verdict,
+    )
+    with replaced_folder(run.evaluation) as folder:
+        _write(evaluation, folder)
+    record_stage(run, "evaluate", inputs=[run.dataset, candidate, run.metrics], outputs=[run.evaluation])
+    return EvaluateResult(verdict, evaluation.champion_version, scores, run.evaluation / "report.html")
+
+
+def _adapter_folders(
+    config: RunConfig, base: BaseModel, candidate: Path, current: Champion | None
+) -> dict[str, Path | None]:
+    """Model -> its adapter's folder; None for the base without an adapter."""
+    parent = config.model.adapter
+    folders = {"base": None, "parent": resolve_adapter(parent, config.registry) if parent else None}
+    if current is None:
+        return folders | {"candidate": candidate}
+    if current.base_sha256 != base.sha256:
+        raise ConfigError(
+            f"the champion of {config.registry.registered_model}, version {current.version}, was trained on another "
+            f"base (sha256 {current.base_sha256[:12]}) than model.base, {base.reference} (sha256 {base.sha256[:12]}). "
+            "Name that base, or set registry.registered_model to a name of its own for this one."
+        )
+    return folders | {"champion": current.folder, "candidate": candidate}
+
+
+def _score_once(
+    backend: Backend,
+    folders: Mapping[str, Path | None],
+    adapters: Mapping[str, str | None],
+    sets: Mapping[str, Sequence[Row]],
+    tokenizer: Tokenizer,
+    config: RunConfig,
+) -> dict[str, dict[str, Score]]:
+    """The scores of each model; models with the same adapter are scored once."""
+    scored: dict[str | None, dict[str, Score]] = {}
+    for model, folder in folders.items():
+        if adapters[model] not in scored:
+            backend.load_adapter(folder)
+            scored[adapters[model]] = {
+                name: score(backend, rows, tokenizer, config.evaluation) for name, rows in sets.items()
+            }
+    return {model: scored[adapters[model]] for model in folders}
+
+
+def _write(evaluation: Evaluation, folder: Path) -> None:
+    report = build_report(evaluation)
+    images = {
+        "loss": loss_curves(evaluation.history),
+        "tiers": tier_updates(evaluation.history, evaluation.config.tiers.update_every),
+        "retention": retention_bars(evaluation.scores, evaluation.config.gate),
+    }
+    write_json(folder / "report.json", report)
+    write_json(folder / "metrics.json", flat_metrics(report))
+    write_text(folder / "report.html", render_html(report, images))
+    for name, png in images.items():
+        write_bytes(folder / f"{name}.png", png)
+    for name, (header, rows) in _plot_tables(evaluation.history, evaluation.scores).items():
+        write_text(folder / "plots" / f"{name}.csv", _csv(header, rows))
+
+
+def _plot_tables(history: History, scores: Scores) -> dict[str, tuple[Sequence[str], Sequence[Sequence[Any]]]]:
+    """Header and rows of the tables that `dvc plots` draws, which takes an empty cell for a zero: there is none.
+
+    `score` is the exact match, or the loss where a set has no answers.
+    """
+    retention = [
+        (f"{name}{' loss' if s.exact_match is None else ''}: {model}", name, model, s.measure, s.value)
+        for model, by_set in scores.items()
+        for name, s in by_set.items()
+    ]
+    return {
+        "train_loss": (("step", "train_loss"), list(zip(history.steps, history.loss, strict=True))),
+        "valid_loss": (("step", "valid_loss"), list(zip(history.valid_steps, history.valid_loss, strict=True))),
+        "retention": (("label", "set", "model", "measure", "score"), sorted(retention, key=lambda row: row[1])),
+    }
+
+
+def _csv(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    return text.getvalue()

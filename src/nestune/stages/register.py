@@ -1,0 +1,128 @@
+"""Stage register: the adapter becomes a version, with its lineage; champion, if the gate let it pass."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nestune.backends.adapters import METADATA, WEIGHTS
+from nestune.config import RunConfig
+from nestune.errors import RunError
+from nestune.registry.tracking import TrackedRun, resume_tracking, start_tracking
+from nestune.registry.versions import CANDIDATE, CHAMPION, promote_version, register_version, tag_version
+from nestune.runs import RunPaths, read_json, record_stage, sha256_file, write_json
+
+REMEDY = "Run nestune evaluate again."
+
+
+@dataclass(frozen=True)
+class RegisterResult:
+    """The version that was made and what became of it.
+
+    `gate` is `passed`, `refused`, or `outdated`: another version became champion since the gate compared.
+    `page` shows the MLflow run, once `open_with` (None: a server is running) has been started.
+    """
+
+    model: str
+    version: str
+    aliases: tuple[str, ...]
+    promoted: bool
+    gate: str
+    reason: str
+    tracking_uri: str
+    run_id: str
+    page: str
+    open_with: str | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The result as JSON."""
+        return asdict(self) | {"aliases": list(self.aliases)}
+
+
+def register(config: RunConfig, run: RunPaths) -> RegisterResult:
+    """Register the evaluated checkpoint and promote it when the gate let it pass; writes `registration.json`.
+
+    A candidate that the gate refused, or whose champion has changed since, is registered and marked, not promoted.
+    Raises RunError when the report is not of the checkpoint as it is now, ServiceError when MLflow fails.
+    """
+    checkpoint = run.checkpoints / config.evaluation.checkpoint
+    report = read_json(run.evaluation / "report.json", "Run nestune evaluate first.")
+    _check_fresh(run, checkpoint, report)
+    lineage = _lineage(run, checkpoint, report)
+    if not run.tracking.exists():  # trained on another machine, say
+        start_tracking(config, run, lineage).finish()
+    tracked = resume_tracking(config, run)
+    _log_evaluation(tracked, run, report)
+    of_training = tracked.tags()
+    tags = lineage | {key: of_training[key] for key in ("run", "parent", "git_commit")}
+    version = register_version(config, tracked.run_id, checkpoint, tags)
+
+    gate, reason = "passed" if report["passed"] else "refused", report["reason"]
+    promoted = gate == "passed" and promote_version(config.registry, version, report["champion_version"])
+    if gate == "passed" and not promoted:
+        compared = f"version {report['champion_version']}" if report["champion_version"] else "none"
+        gate, reason = "outdated", f"the champion is no longer the one compared with ({compared}). {REMEDY}"
+    outcome = {"gate": gate, "gate_reason": reason}
+    tag_version(config.registry, version, outcome)
+    tracked.set_tags(outcome | {"version": version})
+
+    result = RegisterResult(
+        model=config.registry.registered_model,
+        version=version,
+        aliases=(CANDIDATE, CHAMPION) if promoted else (CANDIDATE,),
+        promoted=promoted,
+        gate=gate,
+        reason=reason,
+        tracking_uri=tracked.uri,
+        run_id=tracked.run_id,
+        page=tracked.page(),
+        open_with=tracked.open_with(),
+    )
+    write_json(run.registration, result.as_dict())
+    record_stage(run, "register", [checkpoint, run.evaluation], [run.registration])
+    return result
+
+
+def _check_fresh(run: RunPaths, checkpoint: Path, report: Mapping[str, Any]) -> None:
+    """Refuse a report of another adapter than the checkpoint's, and one that `evaluate` did not write."""
+    weights = checkpoint / WEIGHTS
+    if not weights.is_file():
+        raise RunError(f"there is no {weights}. Run nestune train first.")
+    evaluated = report["adapters"]["candidate"]
+    if evaluated != sha256_file(weights):
+        raise RunError(f"{weights} has changed since it was evaluated (sha256 was {evaluated[:12]}). {REMEDY}")
+    if not run.manifest.exists():
+        return
+    stage = read_json(run.manifest, REMEDY).get("evaluate", {"inputs": {}, "outputs": {}})
+    recorded = stage["inputs"] | stage["outputs"]
+    for path in (run.evaluation / "report.json", checkpoint / METADATA):
+        if path.as_posix() in recorded and recorded[path.as_posix()] != sha256_file(path):
+            raise RunError(f"{path} has changed since the evaluation. {REMEDY}")
+
+
+def _lineage(run: RunPaths, checkpoint: Path, report: Mapping[str, Any]) -> dict[str, str]:
+    """What the adapter was made of, by content hash."""
+    metadata = read_json(checkpoint / METADATA, "Run nestune train again.")
+    tier_map = read_json(run.tiers, "Run nestune tiers again.")
+    return {
+        "base": str(metadata["base"]["reference"]),
+        "base_sha256": str(metadata["base"]["sha256"]),
+        "dataset_sha256": str(report["dataset"]["sha256"]),
+        "tier_map_sha256": str(tier_map["sha256"]),
+    }
+
+
+def _log_evaluation(tracked: TrackedRun, run: RunPaths, report: Mapping[str, Any]) -> None:
+    numbers = {
+        f"evaluation/{model}/{name}/{measure}": score[measure]
+        for model, by_set in report["scores"].items()
+        for name, score in by_set.items()
+        for measure in ("loss", "exact_match")
+        if score[measure] is not None
+    }
+    tracked.log_metrics(report["candidate"]["step"], numbers)
+    tracked.flush()
+    files = (run.tiers, run.tiers_picture, run.manifest, run.config)
+    tracked.log_files(*(path for path in files if path.exists()))
+    tracked.log_files(run.evaluation, folder="evaluation")
+    tracked.log_files(run.dataset / "report.json", folder="dataset")

@@ -1,0 +1,48 @@
+"""The first stage: from JSONL files to a dataset that can be trusted."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nestune.base_model import resolve_base
+from nestune.config import RunConfig, dump_config
+from nestune.data.report import DatasetReport
+from nestune.data.tokens import load_tokenizer
+from nestune.data.validation import build_dataset
+from nestune.runs import RunPaths, record_stage, write_text
+
+
+@dataclass(frozen=True)
+class ValidateResult:
+    """Where the dataset is, and what is in it."""
+
+    dataset: Path
+    report: DatasetReport
+
+    def as_dict(self) -> dict[str, Any]:
+        """The result as a JSON object."""
+        return {
+            "dataset": self.dataset.as_posix(),
+            "data_docs": (self.dataset / "data_docs" / "index.html").as_posix(),
+            "sha256": self.report.sha256,
+            "records": {name: report.records for name, report in self.report.sets.items()},
+            "rejected": self.report.rejected,
+        }
+
+
+def validate(config: RunConfig, run: RunPaths) -> ValidateResult:
+    """Check all data of a run and write its dataset; the resolved configuration is written beside it.
+
+    Raises DataError with every fault of the data, ConfigError when the base model does not suit it.
+    """
+    base = resolve_base(config.model)
+    report = build_dataset(config.data, config.retention.replay, load_tokenizer(base.folder), run.dataset)
+    write_text(run.config, dump_config(config))
+    tokenizer_files = [*base.folder.glob("tokenizer*"), *base.folder.glob("*.jinja")]
+    record_stage(
+        run,
+        "validate",
+        inputs=[*map(Path, report.sources), *sorted(tokenizer_files)],
+        outputs=[run.config, run.dataset],
+    )
+    return ValidateResult(run.dataset, report)

@@ -1,0 +1,82 @@
+"""`dvc repro` on a copy of the project: all stages, then none, then only what a changed parameter concerns."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.pipeline.conftest import ROOT
+
+STAGES = ["validate", "tiers", "train", "evaluate", "register"]
+
+
+@pytest.fixture
+def copy(tmp_path: Path, world: Path) -> Path:
+    """The project's files in a git repository of their own, with the demo's data, and a training of few steps."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, tmp_path / name)
+    shutil.copytree(world, tmp_path / "data")
+    for arguments in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "copy"]):
+        identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True)
+    change(tmp_path, "steps: 300", "steps: 12")
+    return tmp_path
+
+
+def change(project: Path, old: str, new: str) -> None:
+    path = project / "configs" / "demo_nestune.yaml"
+    content = path.read_text()
+    assert old in content
+    path.write_text(content.replace(old, new))
+
+
+def dvc(project: Path, *arguments: str) -> str:
+    scripts = str(Path(sys.executable).parent)
+    environment = os.environ | {"PATH": scripts + os.pathsep + os.environ["PATH"], "DVC_NO_ANALYTICS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", *arguments],
+        cwd=project,
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=600,
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def stages_run(output: str) -> list[str]:
+    return [name for name in STAGES if f"Running stage '{name}'" in output]
+
+
+def test_repro_runs_what_has_changed_and_nothing_else(copy: Path) -> None:
+    assert "modified" not in dvc(copy, "status", "data.dvc")  # generated anew, and still the bytes that are tracked
+    assert stages_run(dvc(copy, "repro")) == STAGES
+    again = dvc(copy, "repro")
+    assert stages_run(again) == []
+    assert "Data and pipelines are up to date" in again
+    adapter = (copy / "runs/retrain/checkpoints/final/adapter_model.safetensors").read_bytes()
+
+    metrics = json.loads(dvc(copy, "metrics", "show", "--json"))
+    shown = metrics[""]["data"]["runs/retrain/evaluation/metrics.json"]["data"]
+    assert shown == json.loads((copy / "runs/retrain/evaluation/metrics.json").read_text())
+    dvc(copy, "plots", "show")
+    page = (copy / "dvc_plots" / "index.html").read_text()
+    assert "train_loss" in page
+    assert "valid_loss" in page
+
+    change(copy, "learning_rate: 3.0e-3", "learning_rate: 1.0e-3")
+    assert stages_run(dvc(copy, "repro")) == ["train", "evaluate", "register"]
+    assert (copy / "runs/retrain/checkpoints/final/adapter_model.safetensors").read_bytes() != adapter

@@ -1,0 +1,146 @@
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nestune.config import TrainingConfig
+from nestune.data.batches import collate, evaluation_batches, training_steps
+from nestune.data.tokens import Row
+from nestune.errors import DataError
+
+PAD = 0
+
+
+def row(number: int, length: int) -> Row:
+    """A row that its first token tells from all others; all but that token are supervised."""
+    tokens = np.full(length, number, dtype=np.int32)
+    supervised = np.arange(length) > 0
+    return Row(tokens, supervised, None, None)
+
+
+def rows_of(lengths: list[int], first: int = 1) -> list[Row]:
+    return [row(number, length) for number, length in enumerate(lengths, start=first)]
+
+
+def drawn(steps: list) -> list[list[list[int]]]:
+    """The rows of each micro-batch of each step, by number."""
+    return [[batch.tokens[:, 0].tolist() for batch in micro_batches] for micro_batches in steps]
+
+
+LENGTHS = st.lists(st.integers(2, 30), min_size=1, max_size=60)
+
+
+@given(LENGTHS)
+def test_a_batch_holds_every_row_padded_on_the_right(lengths):
+    rows = rows_of(lengths)
+    batch = collate(rows, PAD)
+    assert batch.tokens.shape == batch.supervised.shape == (len(rows), max(lengths))
+    assert batch.lengths.tolist() == lengths
+    for index, row in enumerate(rows):
+        assert batch.tokens[index, : lengths[index]].tolist() == row.tokens.tolist()
+        assert batch.supervised[index, : lengths[index]].tolist() == row.supervised.tolist()
+        assert (batch.tokens[index, lengths[index] :] == PAD).all()
+        assert not batch.supervised[index, lengths[index] :].any()
+    assert (batch.tokens.dtype, batch.supervised.dtype, batch.lengths.dtype) == (np.int32, bool, np.int32)
+
+
+def test_the_first_token_of_a_row_is_never_supervised():
+    everything = Row(np.ones(3, np.int32), np.ones(3, bool), None, None)
+    assert collate([everything], PAD).supervised.tolist() == [[False, True, True]]
+
+
+def test_a_batch_with_nothing_to_learn_is_an_error():
+    with pytest.raises(DataError, match="no supervised token"):
+        collate([Row(np.ones(3, np.int32), np.zeros(3, bool), None, None)], PAD)
+
+
+@given(LENGTHS, st.integers(1, 9))
+def test_evaluation_sees_every_row_once(lengths, batch_size):
+    batches = list(evaluation_batches(rows_of(lengths), batch_size, PAD))
+    seen = [number for batch in batches for number in batch.tokens[:, 0].tolist()]
+    assert sorted(seen) == list(range(1, len(lengths) + 1))
+    assert all(len(batch.lengths) == batch_size for batch in batches[:-1])
+
+
+@given(LENGTHS, st.integers(1, 9), st.integers(0, 2**32))
+def test_an_epoch_of_training_sees_every_row_once_and_keeps_the_incomplete_batch(lengths, batch_size, seed):
+    rows = rows_of(lengths)
+    batches_of_an_epoch = -(-len(rows) // batch_size)
+    steps = training_steps(rows, TrainingConfig(batch_size=batch_size, seed=seed), PAD)
+    for _ in range(3):
+        epoch = [batch for (batch,) in drawn(list(islice(steps, batches_of_an_epoch)))]
+        assert sorted(number for batch in epoch for number in batch) == list(range(1, len(rows) + 1))
+        sizes = Counter(map(len, epoch))
+        rest = len(rows) % batch_size
+        assert sizes == Counter({batch_size: len(rows) // batch_size}) + Counter([rest] if rest else [])
+
+
+def test_the_order_depends_on_the_seed_alone():
+    def order(seed: int) -> list:
+        return drawn(list(islice(training_steps(rows_of([5] * 40), TrainingConfig(batch_size=4, seed=seed), PAD), 20)))
+
+    assert order(1) == order(1)
+    assert order(1) != order(2)
+    assert order(1)[:10] != order(1)[10:]  # the second epoch is shuffled anew
+
+
+def test_rows_of_like_length_share_a_batch():
+    lengths = np.random.default_rng(0).integers(2, 200, size=1000).tolist()
+    steps = training_steps(rows_of(lengths), TrainingConfig(batch_size=10), PAD)
+    batches = [batch for (batch,) in islice(steps, 100)]
+    padding = 1 - sum(lengths) / sum(batch.tokens.size for batch in batches)
+    assert padding < 0.05  # in random batches of these lengths it is about 0.45
+    means = np.array([batch.lengths.mean() for batch in batches])
+    assert abs(np.corrcoef(means, np.arange(100))[0, 1]) < 0.3  # and short ones do not all come first
+
+
+def test_a_step_has_as_many_micro_batches_as_gradients_are_accumulated():
+    training = TrainingConfig(batch_size=2, gradient_accumulation_steps=3)
+    steps = drawn(list(islice(training_steps(rows_of([4] * 12), training, PAD), 2)))
+    assert [[len(batch) for batch in step] for step in steps] == [[2, 2, 2], [2, 2, 2]]
+    assert sorted(number for step in steps for batch in step for number in batch) == list(range(1, 13))
+
+
+def test_replayed_rows_spread_evenly_over_the_micro_batches_of_each_step():
+    training = TrainingConfig(batch_size=2, gradient_accumulation_steps=3)
+    replay = [rows_of([4] * 5, first=100), rows_of([4] * 3, first=200)]
+    steps = drawn(list(islice(training_steps(rows_of([4] * 12), training, PAD, replay, replay_rows=4), 15)))
+    assert all([len(batch) for batch in step] == [4, 3, 3] for step in steps)
+    old = [[number for batch in step for number in batch if number >= 100] for step in steps]
+    assert all(len(step) == 4 for step in old)
+    # Drawn in turn from both sources, and each source is used up before it starts anew.
+    assert all(Counter(number // 100 for number in step) == {1: 2, 2: 2} for step in old)
+    assert Counter(number for step in old for number in step) == dict.fromkeys(range(100, 105), 6) | dict.fromkeys(
+        range(200, 203), 10
+    )
+
+
+def test_sources_are_drawn_in_turn_across_steps():
+    replay = [rows_of([4] * 2, first=100), rows_of([4] * 2, first=200), rows_of([4] * 2, first=300)]
+    steps = training_steps(rows_of([4] * 4), TrainingConfig(batch_size=1), PAD, replay, replay_rows=2)
+    sources = [number // 100 for ((_, *old),) in drawn(list(islice(steps, 6))) for number in old]
+    assert sources == [1, 2, 3] * 4
+
+
+def test_a_source_is_shuffled_anew_each_time_it_is_used_up():
+    steps = training_steps(rows_of([4]), TrainingConfig(batch_size=1), PAD, [rows_of([4] * 20, 100)], replay_rows=20)
+    first, second = ([number for number in batch if number >= 100] for (batch,) in drawn(list(islice(steps, 2))))
+    assert sorted(first) == sorted(second) == list(range(100, 120))
+    assert first != second
+
+
+def test_replay_leaves_the_new_rows_in_their_order():
+    rows, training = rows_of([4, 9, 3, 7, 5]), TrainingConfig(batch_size=2)
+    plain = drawn(list(islice(training_steps(rows, training, PAD), 9)))
+    replayed = drawn(list(islice(training_steps(rows, training, PAD, [rows_of([4] * 3, 100)], 1), 9)))
+    assert [[batch[:-1] for batch in step] for step in replayed] == plain
+
+
+def test_no_rows_are_an_error_not_an_endless_search():
+    with pytest.raises(DataError, match="no rows"):
+        next(training_steps([], TrainingConfig(), PAD))
+    with pytest.raises(DataError, match="no rows"):
+        next(training_steps(rows_of([4]), TrainingConfig(), PAD, replay=[[]], replay_rows=1))

@@ -1,0 +1,111 @@
+"""A tiny base with a chat template, a random adapter on it, and an empty MLflow store."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from run_folders import EvaluatedRun, write_evaluated_run
+
+from nestune.base_model import resolve_base
+from nestune.config import ModelConfig, RegistryConfig, RunConfig
+from nestune.registry.connection import connect
+from nestune.runs import RunPaths, write_json
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL = ["<|im_end|>", "<|im_start|>"]
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained Qwen2 of two layers that reads and writes single bytes."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    folder = tmp_path_factory.mktemp("base")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    letters = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
+    letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    letters.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=letters, eos_token=SPECIAL[0], additional_special_tokens=SPECIAL[1:]
+    )
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    shape = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.5,
+    )
+    Qwen2ForCausalLM(shape).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random adapter on the base, as PEFT saves it, with the base's content hash beside it."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("run") / "best"
+    torch.manual_seed(1)
+    lora = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora).save_pretrained(folder)
+    sha256 = resolve_base(ModelConfig(base=str(base))).sha256
+    write_json(
+        folder / "metadata.json", {"step": 7, "base": {"reference": str(base), "revision": None, "sha256": sha256}}
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database as MLflow sets it up, which takes it a second."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    connect(RegistryConfig(tracking_uri=f"sqlite:///{path}"))
+    return path
+
+
+@pytest.fixture
+def registry(tmp_path: Path, empty_store: Path) -> RegistryConfig:
+    home = tmp_path / "mlflow"
+    home.mkdir()
+    shutil.copyfile(empty_store, home / "mlflow.db")
+    return RegistryConfig(tracking_uri=f"sqlite:///{home}/mlflow.db")
+
+
+@pytest.fixture
+def config(base: Path, registry: RegistryConfig, tmp_path: Path) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "name": "week.1",
+            "model": {"base": str(base)},
+            "data": {"train": [str(tmp_path / "train.jsonl")], "retention": {"old": [str(tmp_path / "old.jsonl")]}},
+            "evaluation": {"max_answer_tokens": 12},
+            "registry": registry.model_dump(),
+        }
+    )
+
+
+@pytest.fixture
+def evaluated_run(adapter: Path, tmp_path: Path) -> EvaluatedRun:
+    """Makes a run's folder as the stages before `register` leave it; every call another adapter."""
+    made = 0
+
+    def make(passed: bool = True, champion_version: str | None = None) -> RunPaths:
+        nonlocal made
+        made += 1
+        run = RunPaths(tmp_path / "runs" / f"run{made}")
+        write_evaluated_run(run, adapter, 1 + made / 8, passed, champion_version)
+        return run
+
+    return make

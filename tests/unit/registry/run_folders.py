@@ -1,0 +1,43 @@
+"""Run folders as the stages before `register` leave them."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from nestune.runs import RunPaths, record_stage, sha256_file, write_json, write_text
+
+EvaluatedRun = Callable[..., RunPaths]
+
+
+def write_evaluated_run(
+    run: RunPaths, adapter: Path, factor: float, passed: bool, champion_version: str | None
+) -> None:
+    """Write a run whose best checkpoint is `adapter` with scaled weights, and the report of its evaluation."""
+    checkpoint = run.checkpoints / "best"
+    shutil.copytree(adapter, checkpoint)
+    scale_adapter(checkpoint, factor)
+    write_json(run.tiers, {"sha256": "tiers-hash", "tiers": {}})
+    write_text(run.config, "name: run\n")
+    write_json(run.dataset / "report.json", {"sha256": "data-hash"})
+    score = {"loss": 0.5, "tokens": 10, "exact_match": 0.75, "answers": 4}
+    report = {
+        "passed": passed,
+        "reason": "learned +0.50 on new_task" if passed else "forgot: old -0.50",
+        "compared_with": "champion" if champion_version else "parent",
+        "champion_version": champion_version,
+        "scores": {"candidate": {"new_task": score, "old": score | {"exact_match": None}}},
+        "candidate": {"checkpoint": "best", "step": 20},
+        "adapters": {"candidate": sha256_file(checkpoint / "adapter_model.safetensors")},
+        "dataset": {"sha256": "data-hash"},
+    }
+    write_json(run.evaluation / "report.json", report)
+    record_stage(run, "evaluate", [checkpoint], [run.evaluation])
+
+
+def scale_adapter(folder: Path, factor: float) -> None:
+    """Give an adapter other weights."""
+    from safetensors.numpy import load_file, save_file
+
+    weights = folder / "adapter_model.safetensors"
+    scaled = {key: (value * factor).astype("float32") for key, value in load_file(weights).items()}
+    save_file(scaled, weights, metadata={"format": "pt"})

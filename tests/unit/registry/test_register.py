@@ -1,0 +1,137 @@
+"""Stage register: only what was evaluated is registered, and only what passed is promoted."""
+
+import json
+from pathlib import Path
+
+import pytest
+from run_folders import EvaluatedRun, scale_adapter
+
+from nestune.config import RunConfig
+from nestune.errors import RunError
+from nestune.registry.connection import connect
+from nestune.registry.tracking import start_tracking
+from nestune.registry.versions import champion, promote_version
+from nestune.runs import RunPaths, read_json, record_stage, sha256_file, write_json
+from nestune.stages.register import register
+
+
+def edit_report(run: RunPaths, **changes: object) -> None:
+    path = run.evaluation / "report.json"
+    write_json(path, read_json(path, "") | changes)
+
+
+def champion_version(config: RunConfig) -> str | None:
+    found = champion(config.registry)
+    return found.version if found else None
+
+
+def test_a_candidate_that_passed_becomes_champion(config: RunConfig, evaluated_run: EvaluatedRun) -> None:
+    run = evaluated_run(passed=True)
+    start_tracking(config, run, {})
+    result = register(config, run)
+    assert (result.promoted, result.gate, result.aliases) == (True, "passed", ("candidate", "champion"))
+    assert champion_version(config) == result.version
+    assert json.loads(run.registration.read_text()) == result.as_dict()
+    assert "register" in read_json(run.manifest, "")
+
+
+def test_a_candidate_that_forgot_is_registered_and_marked_but_the_champion_stays(
+    config: RunConfig, evaluated_run: EvaluatedRun
+) -> None:
+    first = register(config, evaluated_run(passed=True))
+    second = register(config, evaluated_run(passed=False, champion_version=first.version))
+    assert (second.promoted, second.gate, second.aliases) == (False, "refused", ("candidate",))
+    assert champion_version(config) == first.version
+    version = connect(config.registry).get_model_version_by_alias("nestune", "candidate")
+    assert str(version.version) == second.version
+    assert version.tags["gate"] == "refused"
+    assert version.tags["gate_reason"] == "forgot: old -0.50"
+
+
+def test_a_candidate_whose_champion_changed_meanwhile_is_not_promoted_but_told_to_evaluate_again(
+    config: RunConfig, evaluated_run: EvaluatedRun
+) -> None:
+    slow = evaluated_run(passed=True, champion_version=None)
+    fast = register(config, evaluated_run(passed=True, champion_version=None))
+    result = register(config, slow)
+    assert (result.promoted, result.gate) == (False, "outdated")
+    assert result.reason.endswith("Run nestune evaluate again.")
+    assert champion_version(config) == fast.version
+
+    edit_report(slow, champion_version=fast.version)
+    record_stage(slow, "evaluate", [slow.checkpoints / "best"], [slow.evaluation])
+    again = register(config, slow)
+    assert (again.version, again.promoted, again.gate) == (result.version, True, "passed")
+    assert champion_version(config) == again.version
+
+
+def test_registering_the_champion_again_leaves_it_champion(config: RunConfig, evaluated_run: EvaluatedRun) -> None:
+    run = evaluated_run(passed=True)
+    start_tracking(config, run, {})
+    first = register(config, run)
+    assert register(config, run).as_dict() == first.as_dict()
+    assert champion_version(config) == first.version
+
+
+def test_a_version_says_what_it_was_made_of(config: RunConfig, evaluated_run: EvaluatedRun) -> None:
+    parent = register(config, evaluated_run(passed=True))
+    model = config.model.model_copy(update={"adapter": "models:/nestune@champion"})
+    config = config.model_copy(update={"model": model})
+    run = evaluated_run(passed=True, champion_version=parent.version)
+    start_tracking(config, run, {})
+    promote_version(config.registry, parent.version, parent.version)
+    result = register(config, run)
+    tags = connect(config.registry).get_model_version("nestune", result.version).tags
+    metadata = read_json(run.checkpoints / "best" / "metadata.json", "")
+    assert tags["dataset_sha256"] == "data-hash"
+    assert tags["tier_map_sha256"] == "tiers-hash"
+    assert tags["base_sha256"] == metadata["base"]["sha256"]
+    assert tags["adapter_sha256"] == sha256_file(run.checkpoints / "best" / "adapter_model.safetensors")
+    assert tags["parent"] == f"models:/nestune/{parent.version}"
+    assert tags["run"] == "week.1"
+    assert tags["git_commit"]
+
+
+def test_the_tracked_run_has_the_scores_and_the_files_that_explain_them(
+    config: RunConfig, evaluated_run: EvaluatedRun
+) -> None:
+    run = evaluated_run(passed=True)
+    tracked = start_tracking(config, run, {})
+    register(config, run)
+    metrics = tracked.client.get_run(tracked.run_id).data.metrics
+    assert metrics == {
+        "evaluation/candidate/new_task/loss": 0.5,
+        "evaluation/candidate/new_task/exact_match": 0.75,
+        "evaluation/candidate/old/loss": 0.5,
+    }
+    files = {file.path for file in tracked.client.list_artifacts(tracked.run_id)}
+    assert {"config.yaml", "tiers.json", "manifest.json", "evaluation", "dataset"} <= files
+
+
+def test_an_adapter_that_was_trained_again_after_the_evaluation_is_not_registered(
+    config: RunConfig, evaluated_run: EvaluatedRun
+) -> None:
+    run = evaluated_run(passed=True)
+    scale_adapter(run.checkpoints / "best", 1.5)
+    with pytest.raises(RunError, match=r"adapter_model.safetensors has changed .*Run nestune evaluate again"):
+        register(config, run)
+    assert champion_version(config) is None
+
+
+def test_a_report_edited_by_hand_does_not_pass(config: RunConfig, evaluated_run: EvaluatedRun) -> None:
+    run = evaluated_run(passed=False)
+    edit_report(run, passed=True)
+    with pytest.raises(RunError, match=r"report.json has changed .*Run nestune evaluate again"):
+        register(config, run)
+    assert not run.registration.exists()
+
+
+def test_without_an_evaluation_nothing_is_registered(config: RunConfig, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="Run nestune evaluate first"):
+        register(config, RunPaths(tmp_path / "nothing"))
+
+
+def test_a_run_trained_elsewhere_gets_a_tracked_run_of_its_own(config: RunConfig, evaluated_run: EvaluatedRun) -> None:
+    run = evaluated_run(passed=True)
+    result = register(config, run)
+    assert connect(config.registry).get_run(result.run_id).info.status == "FINISHED"

@@ -1,0 +1,225 @@
+"""MLflow runs: configuration, live metrics, lineage, and a server that is down."""
+
+import logging
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from nestune.config import RegistryConfig, RunConfig, load_config
+from nestune.errors import ConfigError, RunError, ServiceError
+from nestune.registry import connection, tracking
+from nestune.registry.connection import connect
+from nestune.registry.tracking import flatten, git_commit, resume_tracking, start_tracking, tracked_run
+from nestune.runs import RunPaths, read_json
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunPaths:
+    return RunPaths(tmp_path / "runs" / "week.1")
+
+
+def closed_port() -> int:
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return int(opened.getsockname()[1])
+
+
+def test_a_run_holds_the_resolved_configuration_as_parameters_and_as_a_file_that_loads_again(
+    config: RunConfig, run: RunPaths, tmp_path: Path
+) -> None:
+    (tmp_path / "train.jsonl").touch()
+    (tmp_path / "old.jsonl").touch()
+    tracked = start_tracking(config, run, {"dataset_sha256": "abc"})
+    logged = tracked.client.get_run(tracked.run_id)
+    assert logged.data.params == flatten(config)
+    assert logged.data.params["training.learning_rate"] == "0.0002"
+    assert logged.data.params["tiers.update_every"] == "[1, 2, 4]"
+    assert logged.data.tags["dataset_sha256"] == "abc"
+    assert logged.data.tags["parent"] == "none"
+    assert logged.info.run_name == "week.1"
+    file = tracked.client.download_artifacts(tracked.run_id, "config.yaml", str(tmp_path))
+    assert load_config(Path(file)) == config
+
+
+def test_parameters_have_names_that_mlflow_takes_whatever_patterns_the_configuration_holds(
+    config: RunConfig, run: RunPaths
+) -> None:
+    tiers = {"strategy": "manual", "assignments": {"layers.[0-3].*": 2, "*": 0}}
+    config = RunConfig.model_validate(config.model_dump() | {"tiers": tiers})
+    tracked = start_tracking(config, run, {})
+    params = tracked.client.get_run(tracked.run_id).data.params
+    assert params["tiers.assignments"] == '{"layers.[0-3].*": 2, "*": 0}'
+
+
+def test_every_metric_arrives_in_order_when_the_block_ends(config: RunConfig, run: RunPaths) -> None:
+    steps = range(1, 1501)  # more than MLflow takes in one call
+    with tracked_run(config, run, {}) as tracked:
+        for step in steps:
+            tracked.log_metrics(step, {"train/loss": 1 / step, "updates/tier_1": step // 2})
+    losses = tracked.client.get_metric_history(tracked.run_id, "train/loss")
+    counts = tracked.client.get_metric_history(tracked.run_id, "updates/tier_1")
+    assert [(m.step, m.value) for m in losses] == [(step, 1 / step) for step in steps]
+    assert [(m.step, m.value) for m in counts] == [(step, step // 2) for step in steps]
+
+
+def test_metrics_are_seen_while_training_goes_on_once_the_interval_is_over(
+    config: RunConfig, run: RunPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "SEND_EVERY_S", 0.2)
+    tracked = start_tracking(config, run, {})
+
+    def seen() -> list[int]:
+        return [m.step for m in tracked.client.get_metric_history(tracked.run_id, "loss")]
+
+    tracked.log_metrics(1, {"loss": 1.0})
+    assert seen() == []
+    tracking.time.sleep(0.25)
+    tracked.log_metrics(2, {"loss": 1.0})
+    assert seen() == [1, 2]
+    assert tracked.client.get_run(tracked.run_id).info.status == "RUNNING"
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(None, "FINISHED"), (ValueError, "FAILED"), (KeyboardInterrupt, "KILLED")]
+)
+def test_the_run_says_how_training_ended_and_has_its_last_metrics(
+    config: RunConfig, run: RunPaths, error: type[BaseException] | None, status: str
+) -> None:
+    try:
+        with tracked_run(config, run, {}) as tracked:
+            tracked.log_metrics(1, {"loss": 2.0})
+            if error is not None:
+                raise error
+    except (ValueError, KeyboardInterrupt):
+        pass
+    logged = tracked.client.get_run(tracked.run_id)
+    assert (logged.info.status, logged.data.metrics) == (status, {"loss": 2.0})
+
+
+def test_a_later_stage_goes_on_with_the_run_of_the_earlier_one(config: RunConfig, run: RunPaths) -> None:
+    started = start_tracking(config, run, {})
+    resumed = resume_tracking(config, run)
+    assert resumed.run_id == started.run_id
+    assert read_json(run.tracking, "") == {
+        "tracking_uri": config.registry.tracking_uri,
+        "experiment": "nestune",
+        "run_id": started.run_id,
+    }
+
+
+def test_training_again_starts_another_run(config: RunConfig, run: RunPaths) -> None:
+    first = start_tracking(config, run, {}).run_id
+    second = start_tracking(config, run, {}).run_id
+    assert first != second
+    assert resume_tracking(config, run).run_id == second
+
+
+def test_a_run_that_mlflow_does_not_have_is_an_error_that_says_what_to_do(config: RunConfig, run: RunPaths) -> None:
+    start_tracking(config, run, {})
+    text = run.tracking.read_text().replace(read_json(run.tracking, "")["run_id"], "0" * 32)
+    run.tracking.write_text(text)
+    with pytest.raises(RunError, match=r"0{32} at sqlite.*or delete .*tracking.json"):
+        resume_tracking(config, run)
+
+
+def test_artifacts_lie_beside_the_sqlite_database_and_nothing_in_the_current_folder(
+    config: RunConfig, run: RunPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    start_tracking(config, run, {})
+    assert list((tmp_path / "mlflow" / "artifacts").rglob("config.yaml"))
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_without_a_tracking_uri_the_store_is_in_the_folder_mlflow_of_the_current_one(
+    config: RunConfig, run: RunPaths, tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "project" / "mlflow"
+    home.mkdir(parents=True)
+    (home / "mlflow.db").write_bytes(empty_store.read_bytes())
+    monkeypatch.chdir(home.parent)
+    tracked = start_tracking(config.model_copy(update={"registry": RegistryConfig()}), run, {})
+    assert read_json(run.tracking, "")["tracking_uri"] == "sqlite:///mlflow/mlflow.db"
+    assert list((home / "artifacts").rglob("config.yaml"))
+    assert tracked.open_with() == "mlflow ui --backend-store-uri sqlite:///mlflow/mlflow.db"
+    assert tracked.page().startswith("http://127.0.0.1:5000/#/experiments/")
+
+
+def test_a_server_that_is_down_is_an_error_that_names_it_within_seconds(config: RunConfig, run: RunPaths) -> None:
+    uri = f"http://127.0.0.1:{closed_port()}"
+    down = config.model_copy(update={"registry": RegistryConfig(tracking_uri=uri)})
+    with pytest.raises(ServiceError, match=rf"{uri} fails.*correct registry.tracking_uri"):
+        start_tracking(down, run, {})
+    assert not run.tracking.exists()
+
+
+def test_a_file_that_is_no_database_is_an_error_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "broken.db").write_bytes(b"not a database" * 100)
+    uri = f"sqlite:///{tmp_path}/broken.db"
+    with pytest.raises(ServiceError, match=r"broken\.db fails"):
+        connect(RegistryConfig(tracking_uri=uri))
+
+
+def test_metrics_survive_a_store_that_fails_for_a_while(
+    config: RunConfig, run: RunPaths, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tracking, "SEND_EVERY_S", 0.0)
+    monkeypatch.setattr(tracking, "RETRY_EVERY_S", 0.0)
+    with tracked_run(config, run, {}) as tracked:
+        tracked.client.delete_run(tracked.run_id)  # MLflow takes no metrics for a deleted run
+        with caplog.at_level(logging.WARNING):
+            tracked.log_metrics(1, {"loss": 1.0})
+        assert "the metrics wait" in caplog.text
+        tracked.client.restore_run(tracked.run_id)
+        tracked.log_metrics(2, {"loss": 0.5})
+    history = tracked.client.get_metric_history(tracked.run_id, "loss")
+    assert [(m.step, m.value) for m in history] == [(1, 1.0), (2, 0.5)]
+
+
+def test_a_deleted_experiment_is_an_error_that_tells_how_to_restore_it(config: RunConfig, run: RunPaths) -> None:
+    client = connect(config.registry)
+    client.delete_experiment(client.create_experiment("nestune"))
+    with pytest.raises(RunError, match="mlflow experiments restore --experiment-id"):
+        start_tracking(config, run, {})
+
+
+def test_an_address_with_a_password_is_refused(config: RunConfig) -> None:
+    with pytest.raises(ValueError, match="MLFLOW_TRACKING_PASSWORD"):
+        RegistryConfig(tracking_uri="https://me:secret@mlflow.example.com")
+
+
+def test_the_git_commit_says_whether_tracked_files_differ_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert git_commit() == "none"
+    file = tmp_path / "a.txt"
+    file.write_text("1")
+    who = ["-c", "user.name=n", "-c", "user.email=e@example.com"]
+    for command in (["init", "-q"], ["add", "a.txt"], [*who, "commit", "-qm", "one"], ["tag", "v1"]):
+        subprocess.run(["git", *command], check=True)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    assert git_commit() == head
+    file.write_text("2")
+    assert git_commit() == f"{head}-dirty"
+
+
+def test_settings_for_mlflow_leave_the_environment_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
+    with connection.impatience():
+        assert connection.os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "1"
+        assert connection.os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
+    assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in connection.os.environ
+
+
+def test_a_parent_that_does_not_exist_is_an_error_before_anything_is_tracked(config: RunConfig, run: RunPaths) -> None:
+    model = config.model.model_copy(update={"adapter": "models:/nestune@champion"})
+    with pytest.raises(ConfigError, match="has no model nestune"):
+        start_tracking(config.model_copy(update={"model": model}), run, {})
+    assert not run.tracking.exists()
