@@ -64,7 +64,7 @@ def _print_story(configs: dict[str, RunConfig]) -> None:
     table.add_section()
     table.add_row("gate", "", *("passed" if r["passed"] else "refused" for r in reports.values()))
     table.add_row("version", "", *(f"{v['model']} {v['version']}" for v in versions.values()))
-    table.add_row("aliases", "", *(", ".join(v["aliases"]) for v in versions.values()))
+    table.add_row("champion", "", *("yes" if v["promoted"] else "no" for v in versions.values()))
     console = Console()
     console.print(table)
     for title, version in versions.items():
@@ -72,8 +72,8 @@ def _print_story(configs: dict[str, RunConfig]) -> None:
     console.print("\nWhere to look:", highlight=False)
     for config in configs.values():
         console.print(f"  {RunPaths.of(config.name).evaluation}/report.html", highlight=False)
-    console.print("  MLflow:  make ui", highlight=False)
-    console.print("  Prefect: .venv/bin/prefect server start", highlight=False)
+    console.print(f"  models:/{version['model']}@champion  in MLflow: make ui", highlight=False)
+    console.print("  the runs of the flow          in Prefect: .venv/bin/prefect server start", highlight=False)
 
 
 def _read(config: RunConfig, file: str) -> Any:

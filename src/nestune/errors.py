@@ -54,7 +54,7 @@ class DataError(InputError):
         shown = [f"  {fault}" for fault in self.faults[:SHOWN_FAULTS]]
         hidden = len(self.faults) - len(shown)
         if hidden:
-            shown.append(f"  ... and {hidden} more of the same kind")
+            shown.append(f"  ... and {hidden} more")
         super().__init__("\n".join([summary, *shown]))
 
 

@@ -98,8 +98,9 @@ def replaced_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder that takes the place of `path` when the block ends well, and vanishes when it fails.
 
     Between the two renames of a replacement neither folder stands at `path`; the old one is then beside it,
-    under a hidden name.
+    under a hidden name. Parents made for a block that fails vanish too.
     """
+    made = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_beside(path)
     temporary.mkdir()
@@ -117,6 +118,9 @@ def replaced_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        for parent in made:
+            if not any(parent.iterdir()):
+                parent.rmdir()
 
 
 def read_json(path: Path, remedy: str) -> Any:

@@ -38,8 +38,8 @@ class SetReport:
 class DatasetReport:
     """A built dataset: its sets by name, and the SHA-256 of what it was made from and of what was written.
 
-    sha256: over all the files in `outputs`; supervised_example: the first record to train on, with what is learned
-    between » and «.
+    sha256: over all the files in `outputs`; supervised_example: the first good record of data.train, with what is
+    learned between » and «.
     """
 
     sha256: str

@@ -13,6 +13,7 @@ from nestune.config import GateConfig
 from nestune.evaluation.gate import lowest_passing
 from nestune.evaluation.history import History
 from nestune.evaluation.scores import Scores, columns
+from nestune.tiers.picture import TIER_COLORS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 INK, FAINT = "#333333", "#d9d9d9"
 MODEL_COLORS = {"base": "#bbbbbb", "parent": "#56b4e9", "champion": "#0072b2", "candidate": "#e69f00"}
-TIER_COLORS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#333333")
 WIDTH = 8.0  # inches
 DPI = 120
 LIMIT = "worst that passes"

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from nestune.tiers.parameters import LoraParameter
 from nestune.tiers.tier_map import TierMap
 
+# Told apart by people who do not see all colours (Okabe & Ito 2008); as many as there can be tiers.
+TIER_COLORS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#333333")
+
 
 def plot_tier_map(parameters: Sequence[LoraParameter], tier_map: TierMap) -> bytes:
     """PNG with a row for each layer (the shallowest at the bottom) and a column for each adapted module.
@@ -13,6 +16,7 @@ def plot_tier_map(parameters: Sequence[LoraParameter], tier_map: TierMap) -> byt
     A cell is split where A and B are on different tiers. The same map gives the same bytes.
     """
     import numpy as np
+    from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -25,8 +29,8 @@ def plot_tier_map(parameters: Sequence[LoraParameter], tier_map: TierMap) -> byt
     n_tiers = len(tier_map.update_every)
     figure = Figure(figsize=(1.8 + 0.8 * len(modules), 1.8 + 0.32 * len(layers)), layout="constrained")
     axes = figure.add_subplot()
-    colours = _colours(n_tiers)
-    axes.pcolormesh(grid, cmap=colours, vmin=-0.5, vmax=n_tiers - 0.5)
+    colors = ListedColormap(TIER_COLORS[:n_tiers])
+    axes.pcolormesh(grid, cmap=colors, vmin=-0.5, vmax=n_tiers - 0.5)
     axes.vlines(range(0, 2 * len(modules) + 1, 2), 0, len(layers), colors="white", linewidth=2)
     axes.hlines(range(len(layers) + 1), 0, 2 * len(modules), colors="white", linewidth=2)
     axes.set_xticks([2 * i + 1 for i in range(len(modules))], [m.rpartition(".")[2] for m in modules], rotation=30)
@@ -36,7 +40,7 @@ def plot_tier_map(parameters: Sequence[LoraParameter], tier_map: TierMap) -> byt
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     legend = [
-        Patch(color=colours(tier / max(1, n_tiers - 1)), label=f"tier {tier}: every {_steps(period)}")
+        Patch(color=TIER_COLORS[tier], label=f"tier {tier}: every {_steps(period)}")
         for tier, period in enumerate(tier_map.update_every)
     ]
     figure.legend(handles=legend, loc="outside lower center", ncols=min(n_tiers, 3), frameon=False)
@@ -47,9 +51,3 @@ def plot_tier_map(parameters: Sequence[LoraParameter], tier_map: TierMap) -> byt
 
 def _steps(period: int) -> str:
     return "step" if period == 1 else f"{period} steps"
-
-
-def _colours(n_tiers: int):  # type: ignore[no-untyped-def]  # matplotlib's colour map, imported only here
-    from matplotlib import colormaps
-
-    return colormaps["viridis_r"].resampled(max(2, n_tiers))
