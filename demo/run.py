@@ -10,39 +10,32 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-# The flow and the world are files of this project, not of the installed package.
-sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
+# The flow is a file of this project, not of the installed package.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from flows.retrain import quiet_logs, retrain  # noqa: E402 - found through the line above
+from flows.retrain import quiet_logs, retrain
 
-from nestune.config import RunConfig, load_config  # noqa: E402
-from nestune.errors import NestuneError  # noqa: E402
-from nestune.runs import RunPaths, read_json  # noqa: E402
+from nestune.cli import exit_code_of
+from nestune.config import RunConfig, load_config
+from nestune.runs import RunPaths, read_json
+from world import write_world
 
 DATA = Path("data")
 CONFIGS = {"plain LoRA": Path("configs/demo_plain.yaml"), "nestune": Path("configs/demo_nestune.yaml")}
 
 
-def main() -> int:
-    """Run the demo from the project's root; returns 0 when it went through, whatever the gate decided."""
+def main() -> None:
+    """Run the demo from the project's root; it goes through whatever the gate decides."""
     began = time.monotonic()
-    if not DATA.exists():
-        from world import write_world
-
-        write_world(DATA)
     quiet_logs()
-    try:
-        configs = {title: load_config(path) for title, path in CONFIGS.items()}
-        for title, config in configs.items():
-            print(f"\n── {title}: {CONFIGS[title]} ──", flush=True)
-            retrain(config, overwrite=True)
-        _print_story(configs)
-    except NestuneError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    if not DATA.exists():
+        write_world(DATA)
+    configs = {title: load_config(path) for title, path in CONFIGS.items()}
+    for title, config in configs.items():
+        print(f"\n── {title}: {CONFIGS[title]} ──", flush=True)
+        retrain(config, overwrite=True)
+    _print_story(configs)
     print(f"\nDone in {time.monotonic() - began:.0f} s.")
-    return 0
 
 
 def _print_story(configs: dict[str, RunConfig]) -> None:
@@ -81,4 +74,4 @@ def _read(config: RunConfig, file: str) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code_of(main))

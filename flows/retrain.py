@@ -11,7 +11,6 @@ import json
 import logging
 import signal
 import sys
-from pathlib import Path
 from typing import Any
 
 from nestune.environment import set_defaults
@@ -22,6 +21,7 @@ from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
+from nestune.cli import add_run_options, exit_code_of
 from nestune.config import RunConfig, load_config
 from nestune.errors import NestuneError, ServiceError
 from nestune.runs import RunPaths
@@ -148,27 +148,12 @@ class _OneLineOfAFailure(logging.Filter):
 def main(arguments: list[str] | None = None) -> int:
     """Run the flow once; returns 0, 2 for wrong input, 1 for a failure."""
     parser = argparse.ArgumentParser(description="From JSONL to a registered adapter, as a Prefect flow.")
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML file of the run")
-    parser.add_argument("--name", metavar="RUN", help="name of the run, in place of the file's")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. training.steps=20; repeatable"
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace checkpoints that another configuration trained"
-    )
+    add_run_options(parser, trains=True)
     options = parser.parse_args(arguments)
     quiet_logs()
     # An ordinary exit, so that Prefect's temporary server does not outlive the flow.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        retrain(load_config(options.config, options.set, options.name), options.overwrite)
-    except NestuneError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code_of(lambda: retrain(load_config(options.config, options.set, options.name), options.overwrite))
 
 
 if __name__ == "__main__":

@@ -40,8 +40,13 @@ def main(arguments: list[str] | None = None) -> int:
     from nestune.environment import set_defaults
 
     set_defaults()
+    return exit_code_of(lambda: _run(options))
+
+
+def exit_code_of(action: Callable[[], object]) -> int:
+    """Do it; 0, or the exit code of an error that the user can act on, which is printed without a traceback."""
     try:
-        _run(options)
+        action()
     except NestuneError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -49,6 +54,19 @@ def main(arguments: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def add_run_options(parser: argparse.ArgumentParser, trains: bool) -> None:
+    """Add the options that say which run is meant; `trains`: also whether its checkpoints may be replaced."""
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML file of the run")
+    parser.add_argument("--name", metavar="RUN", help="name of the run, in place of the file's")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. training.steps=20; repeatable"
+    )
+    if trains:
+        parser.add_argument(
+            "--overwrite", action="store_true", help="replace checkpoints that another configuration trained"
+        )
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -111,16 +129,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, purpose in COMMANDS.items():
         command = commands.add_parser(name, help=purpose, description=purpose.capitalize() + ".")
-        command.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML file of the run")
-        command.add_argument("--name", metavar="RUN", help="name of the run, in place of the file's")
-        command.add_argument(
-            "--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. training.steps=20; repeatable"
-        )
+        add_run_options(command, trains=name in ("train", "run"))
         command.add_argument("--json", action="store_true", help="print the result as JSON")
-        if name in ("train", "run"):
-            command.add_argument(
-                "--overwrite", action="store_true", help="replace checkpoints that another configuration trained"
-            )
     return parser
 
 

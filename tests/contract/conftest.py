@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nestune.backends.base import Backend, make_backend
+from nestune.backends.base import Backend
+from nestune.backends.factory import make_backend
 from nestune.config import RunConfig, parse_config
 from nestune.data.batches import Batch
 

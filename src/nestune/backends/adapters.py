@@ -71,11 +71,7 @@ def read_adapter(
         ) from None
     except (ValueError, SafetensorError) as error:
         raise ConfigError(f"{folder}: the adapter is broken: {error}. Train it again, or take another copy.") from None
-    faults = [
-        f"{key} is {config.get(key)!r}, the configuration says lora.{ours} {value!r}"
-        for key, ours, value in (("r", "rank", lora.rank), ("lora_alpha", "alpha", lora.alpha))
-        if config.get(key) != value
-    ]
+    faults = _lora_faults(config, lora)
     faults += [f"{key} is missing" for key in sorted(set(expected) - set(weights))]
     faults += [f"{key} is not part of this model" for key in sorted(set(weights) - set(expected))]
     faults += [
@@ -86,8 +82,26 @@ def read_adapter(
     faults += _base_faults(folder, base)
     if faults:
         shown = [f"  {fault}" for fault in faults[:10]] + (["  ..."] if len(faults) > 10 else [])
-        raise ConfigError("\n".join([f"the adapter {folder} does not fit: {len(faults)} fault(s)", *shown]))
+        remedy = "Use the base and the lora block that it was trained with, or train a new adapter."
+        raise ConfigError("\n".join([f"the adapter {folder} does not fit: {len(faults)} fault(s)", *shown, remedy]))
     return weights
+
+
+def misfits(folder: Path, lora: LoraConfig, base: BaseModel) -> list[str]:
+    """What of an adapter folder's rank, alpha and base is not as configured; reads no weights."""
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return [f"its {CONFIG} cannot be read: {error}"]
+    return _lora_faults(config, lora) + _base_faults(folder, base)
+
+
+def _lora_faults(config: Mapping[str, Any], lora: LoraConfig) -> list[str]:
+    return [
+        f"{key} is {config.get(key)!r}, the configuration says lora.{ours} {value!r}"
+        for key, ours, value in (("r", "rank", lora.rank), ("lora_alpha", "alpha", lora.alpha))
+        if config.get(key) != value
+    ]
 
 
 def _base_faults(folder: Path, base: BaseModel) -> list[str]:
@@ -104,5 +118,5 @@ def _base_faults(folder: Path, base: BaseModel) -> list[str]:
         return []
     return [
         f"it was trained on {reference} (sha256 {sha256[:12]}), model.base is {base.reference} "
-        f"(sha256 {base.sha256[:12]}); name that base, or train a new adapter on this one"
+        f"(sha256 {base.sha256[:12]})"
     ]

@@ -7,9 +7,7 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from nestune.config import RunConfig
 from nestune.data.batches import Batch
-from nestune.errors import ConfigError
 from nestune.tiers.parameters import LoraParameter
 
 
@@ -81,19 +79,3 @@ class Backend(Protocol):
         Raises ConfigError when it was trained on another base, or any name or shape does not match.
         """
         ...
-
-
-def make_backend(config: RunConfig) -> Backend:
-    """The backend that the configuration asks for, with its base model loaded and a new adapter on it.
-
-    auto: PyTorch. Raises ConfigError when the framework is not installed.
-    """
-    if config.model.backend == "mlx":
-        raise ConfigError("model.backend is 'mlx'; this version trains with torch only. Set it to auto or torch.")
-    try:
-        from nestune.backends.torch_backend import TorchBackend
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"the torch backend needs {error.name}; install it with: pip install 'nestune[cuda]'"
-        ) from None
-    return TorchBackend(config)

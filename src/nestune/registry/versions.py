@@ -9,7 +9,8 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
 
-from nestune.backends.adapters import CONFIG, METADATA, WEIGHTS
+from nestune.backends.adapters import CONFIG, METADATA, WEIGHTS, misfits
+from nestune.base_model import BaseModel
 from nestune.config import RegistryConfig, RunConfig
 from nestune.errors import ConfigError, RunError
 from nestune.registry.connection import connect, environment_defaults, speaking_to, tracking_uri
@@ -28,11 +29,10 @@ MODEL_SETTINGS = {"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false", "MLFLOW_UV_AU
 
 @dataclass(frozen=True)
 class Champion:
-    """The version in use: its number, its adapter's folder, and the content hash of the base it needs."""
+    """The version in use: its number, and its adapter's folder on this disk."""
 
     version: str
     folder: Path
-    base_sha256: str
 
 
 def register_version(config: RunConfig, run_id: str, checkpoint: Path, tags: Mapping[str, str]) -> str:
@@ -74,15 +74,25 @@ def promote_version(registry: RegistryConfig, version: str, compared_with: str |
 
 
 def champion(registry: RegistryConfig) -> Champion | None:
-    """The version in use with its adapter on this disk, or None while there is none."""
+    """The version in use, or None while there is none."""
     client, uri, name = connect(registry), tracking_uri(registry), registry.registered_model
     with speaking_to(uri):
         version = _aliases(client, name).get(CHAMPION)
     if version is None:
         return None
-    folder = _fetch(client, uri, name, version)
-    metadata = read_json(folder / METADATA, f"Move the alias {CHAMPION} to a version that is whole.")
-    return Champion(version, folder, str(metadata["base"]["sha256"]))
+    return Champion(version, _fetch(client, uri, name, version))
+
+
+def fitting_champion(config: RunConfig, base: BaseModel) -> Champion | None:
+    """As `champion`; raises ConfigError when it cannot be compared with what this configuration trains."""
+    current = champion(config.registry)
+    faults = misfits(current.folder, config.lora, base) if current else []
+    if current and faults:
+        raise ConfigError(
+            f"the champion of {config.registry.registered_model}, version {current.version}, cannot be compared with "
+            f"this run: {'; '.join(faults)}. Use its base and lora block, or another registry.registered_model."
+        )
+    return current
 
 
 def resolve_adapter(reference: str, registry: RegistryConfig) -> Path:

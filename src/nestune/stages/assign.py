@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from nestune.backends.base import make_backend
+from nestune.backends.factory import make_backend
 from nestune.config import RunConfig
 from nestune.runs import RunPaths, record_stage, write_bytes
 from nestune.tiers.picture import plot_tier_map

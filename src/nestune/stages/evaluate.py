@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from nestune.backends.adapters import METADATA, WEIGHTS
-from nestune.backends.base import Backend, make_backend
-from nestune.base_model import BaseModel, resolve_base
+from nestune.backends.base import Backend
+from nestune.backends.factory import make_backend
+from nestune.base_model import resolve_base
 from nestune.config import RunConfig
 from nestune.data.dataset import load_dataset
 from nestune.data.tokens import Row, Tokenizer, load_tokenizer
-from nestune.errors import ConfigError, RunError
+from nestune.errors import RunError
 from nestune.evaluation.gate import NEW_TASK, Verdict, decide
 from nestune.evaluation.history import History, read_history
 from nestune.evaluation.plots import loss_curves, retention_bars, tier_updates
 from nestune.evaluation.report import Evaluation, build_report, flat_metrics, render_html
 from nestune.evaluation.scores import Score, Scores, score
-from nestune.registry.versions import Champion, champion, resolve_adapter
+from nestune.registry.versions import Champion, fitting_champion, resolve_adapter
 from nestune.runs import (
     RunPaths,
     read_json,
@@ -65,8 +66,8 @@ def evaluate(config: RunConfig, run: RunPaths, backend: Backend | None = None) -
     if not (candidate / WEIGHTS).is_file():
         raise RunError(f"there is no adapter in {candidate}. Train it first: nestune train --name {config.name}")
     base = resolve_base(config.model)
-    current = champion(config.registry)
-    folders = _adapter_folders(config, base, candidate, current)
+    current = fitting_champion(config, base)
+    folders = _adapter_folders(config, candidate, current)
     history = read_history(run.metrics)
     tokenizer = load_tokenizer(base.folder)
     dataset = load_dataset(run.dataset, tokenizer, config.data.max_seq_length)
@@ -93,21 +94,13 @@ def evaluate(config: RunConfig, run: RunPaths, backend: Backend | None = None) -
     return EvaluateResult(verdict, evaluation.champion_version, scores, run.evaluation / "report.html")
 
 
-def _adapter_folders(
-    config: RunConfig, base: BaseModel, candidate: Path, current: Champion | None
-) -> dict[str, Path | None]:
+def _adapter_folders(config: RunConfig, candidate: Path, current: Champion | None) -> dict[str, Path | None]:
     """Model -> its adapter's folder; None for the base without an adapter."""
     parent = config.model.adapter
     folders = {"base": None, "parent": resolve_adapter(parent, config.registry) if parent else None}
-    if current is None:
-        return folders | {"candidate": candidate}
-    if current.base_sha256 != base.sha256:
-        raise ConfigError(
-            f"the champion of {config.registry.registered_model}, version {current.version}, was trained on another "
-            f"base (sha256 {current.base_sha256[:12]}) than model.base, {base.reference} (sha256 {base.sha256[:12]}). "
-            "Name that base, or set registry.registered_model to a name of its own for this one."
-        )
-    return folders | {"champion": current.folder, "candidate": candidate}
+    if current is not None:
+        folders["champion"] = current.folder
+    return folders | {"candidate": candidate}
 
 
 def _score_once(

@@ -5,15 +5,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nestune.backends.adapters import WEIGHTS
-from nestune.backends.base import make_backend
+from nestune.backends.factory import make_backend
 from nestune.base_model import resolve_base
 from nestune.config import RunConfig, dump_config
 from nestune.data.batches import evaluation_batches, training_steps
 from nestune.data.dataset import load_dataset
 from nestune.data.tokens import load_tokenizer
-from nestune.registry.connection import connect
 from nestune.registry.tracking import TrackedRun, tracked_run
-from nestune.registry.versions import resolve_adapter
+from nestune.registry.versions import fitting_champion, resolve_adapter
 from nestune.runs import RunPaths, record_stage, sha256_file, write_text
 from nestune.tiers.schedule import TierSchedule
 from nestune.tiers.tier_map import read_tier_map
@@ -45,9 +44,9 @@ def train(config: RunConfig, run: RunPaths, overwrite: bool = False) -> TrainRes
     """
     if not overwrite:
         refuse_other_checkpoints(config, run)
-    # A tracking server that is down is found out now, before earlier checkpoints make room for new ones.
-    connect(config.registry)
     base = resolve_base(config.model)
+    # Found out now and not after hours of training: a server that is down, a champion that cannot be compared with.
+    fitting_champion(config, base)
     tokenizer = load_tokenizer(base.folder)
     dataset = load_dataset(run.dataset, tokenizer, config.data.max_seq_length)
     backend = make_backend(config)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from nestune.backends.base import Backend, make_backend
+from nestune.backends.base import Backend
+from nestune.backends.factory import make_backend
 from nestune.base_model import resolve_base
 from nestune.config import RunConfig
 from nestune.data.batches import evaluation_batches, training_steps
@@ -173,7 +174,7 @@ def test_a_champion_on_another_base_is_an_error_that_names_the_remedy(
         (other / file.name).write_bytes(file.read_bytes())
     (other / "config.json").write_text((tiny_base / "config.json").read_text() + "\n")
     on_other = config.model_copy(update={"model": config.model.model_copy(update={"base": str(other)})})
-    with pytest.raises(ConfigError, match=f"version {champion}, was trained on another base.*registered_model"):
+    with pytest.raises(ConfigError, match=f"version {champion}, cannot be compared.*trained on.*registered_model"):
         evaluate(on_other, run)
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nestune.backends.base import Backend, make_backend
+from nestune.backends.base import Backend
+from nestune.backends.factory import make_backend
 from nestune.config import EvaluationConfig, RunConfig
 from nestune.data.records import Record
 from nestune.data.tokens import Row, encode, load_tokenizer

@@ -1,5 +1,6 @@
 """Registered versions: what is in them, how they are found again, and what answers they give."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,12 +10,20 @@ import pytest
 import yaml
 from run_folders import EvaluatedRun, scale_adapter
 
+from nestune.base_model import resolve_base
 from nestune.config import RegistryConfig, RunConfig
 from nestune.errors import ConfigError, RunError
 from nestune.registry.connection import connect
 from nestune.registry.tracking import start_tracking
-from nestune.registry.versions import champion, pin_adapter, promote_version, register_version, resolve_adapter
-from nestune.runs import RunPaths, read_json, sha256_file
+from nestune.registry.versions import (
+    champion,
+    fitting_champion,
+    pin_adapter,
+    promote_version,
+    register_version,
+    resolve_adapter,
+)
+from nestune.runs import RunPaths, sha256_file
 
 PROMPTS = ["Where does Ada live?", "2 + 2 =", "ä€😀"]
 
@@ -151,15 +160,27 @@ def test_there_is_no_champion_before_the_first_promotion(config: RunConfig, regi
     assert champion(registry) is None
 
 
-def test_the_champion_is_its_number_its_adapter_and_its_base(config: RunConfig, version: str, adapter: Path) -> None:
+def test_the_champion_is_its_number_and_its_adapter(config: RunConfig, version: str, adapter: Path) -> None:
     assert champion(config.registry) is None
     promote_version(config.registry, version, None)
     found = champion(config.registry)
     assert found is not None
     assert found.version == version
-    assert found.base_sha256 == read_json(adapter / "metadata.json", "")["base"]["sha256"]
     for file in ("adapter_model.safetensors", "adapter_config.json", "metadata.json"):
         assert (found.folder / file).read_bytes() == (adapter / file).read_bytes()
+
+
+def test_a_champion_of_another_rank_cannot_be_compared_with(config: RunConfig, version: str, adapter: Path) -> None:
+    promote_version(config.registry, version, None)
+    base = resolve_base(config.model)
+    trained_with = json.loads((adapter / "adapter_config.json").read_text())
+    lora = config.lora.model_copy(update={"rank": trained_with["r"], "alpha": trained_with["lora_alpha"]})
+    found = fitting_champion(config.model_copy(update={"lora": lora}), base)
+    assert found is not None
+    assert found.version == version
+    other = config.model_copy(update={"lora": lora.model_copy(update={"rank": lora.rank + 1})})
+    with pytest.raises(ConfigError, match=rf"version {version}, cannot be compared.*lora\.rank.*registered_model"):
+        fitting_champion(other, base)
 
 
 @pytest.mark.parametrize("compared_with", [None, "2"])
