@@ -165,14 +165,40 @@ def _assistant_spans(record: Record, text: str, prompt: str, tokenizer: Tokenize
         else:
             before = _render(messages[:index], tokenizer, add_generation_prompt=True)
             through = _render(messages[: index + 1], tokenizer)
-        if not (text.startswith(through) and through.startswith(before)):
-            raise ConfigError(
-                f"the chat template of {tokenizer.name_or_path} writes turn {index + 1} of {record.file}:{record.line} "
-                "differently alone and within the chat, so what the assistant says cannot be told apart. Mark it in "
-                "the template with {% generation %} and {% endgeneration %}, or write such chats as "
-                '{"prompt": ..., "completion": ...}.'
-            )
-        spans.append((len(before), len(through.rstrip())))
+        if text.startswith(through) and through.startswith(before):
+            spans.append((len(before), len(through.rstrip())))
+        else:
+            spans.append(_spans_around_placeholders(record, text, tokenizer)[index])
+    return spans
+
+
+def _spans_around_placeholders(record: Record, text: str, tokenizer: Tokenizer) -> dict[int, Span]:
+    """Turn -> where its words and its end token stand, for templates that write a turn differently later on.
+
+    Qwen3's is one: it takes the thoughts out of earlier turns. The chat is rendered once more with a placeholder
+    for what each assistant turn says; putting that back must give `text` again, and shows where it stands.
+    """
+    messages = record.content["messages"]
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    placeholders = {index: f"[what turn {index} of {len(text)} says]" for index in turns}
+    marked = _render([m | {"content": placeholders.get(i, m["content"])} for i, m in enumerate(messages)], tokenizer)
+    rebuilt = ""
+    spans: dict[int, Span] = {}
+    for index in turns:
+        before, _, marked = marked.partition(placeholders[index])
+        start = len(rebuilt) + len(before)
+        said = messages[index]["content"]
+        # Templates mostly take the space around what is said away.
+        said = said if text.startswith(said, start) else said.strip()
+        rebuilt += before + said
+        end_token = next((token for token in tokenizer.get_added_vocab() if marked.startswith(token)), "")
+        spans[index] = (start, len(rebuilt) + len(end_token))
+    if rebuilt + marked != text:
+        raise ConfigError(
+            f"the chat template of {tokenizer.name_or_path} rewrites the turns of {record.file}:{record.line}, so what "
+            "the assistant says cannot be told apart. Mark it in the template with {% generation %} and "
+            '{% endgeneration %}, or write such chats as {"prompt": ..., "completion": ...}.'
+        )
     return spans
 
 

@@ -23,7 +23,11 @@ MARKED = (
 )
 # Writes the last turn differently from earlier ones, as templates of reasoning models do.
 LAST_TURN_DIFFERS = CHATML.replace(
-    "message['content']", "('<think>' if loop.last and message['role'] == 'assistant' else '') + message['content']"
+    "message['content']",
+    "('<think>' if loop.last and message['role'] == 'assistant' else '') + message['content'].strip()",
+)
+REWRITES_EARLIER_TURNS = CHATML.replace(
+    "message['content']", "(message['content'] if loop.last else message['content'] | upper)"
 )
 TOKENIZERS = {
     "break after": build_tokenizer(),
@@ -32,6 +36,7 @@ TOKENIZERS = {
     "trimmed offsets": build_tokenizer(trim_offsets=True),
     "marked, trimmed offsets": build_tokenizer(chat_template=MARKED, trim_offsets=True),
 }
+TOKENIZER_LAST_TURN_DIFFERS = build_tokenizer(chat_template=LAST_TURN_DIFFERS)
 WHITE_SPACE = st.sampled_from(["", " ", "\n\n", " \t"])
 WORDS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1).filter(str.strip)
 WORDS = st.tuples(WHITE_SPACE, WORDS, WHITE_SPACE).map("".join)
@@ -166,10 +171,21 @@ def test_a_chat_without_a_chat_template_names_base_file_line_and_remedy():
         encode(record(chat("hi", "hello")), build_tokenizer(chat_template=None), 100)
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused_for_chats_of_several_turns():
-    tokenizer = build_tokenizer(chat_template=LAST_TURN_DIFFERS)
+@given(turns=TURNS)
+def test_a_template_that_adds_to_the_last_turn_only_has_every_turn_learned_as_it_is_written(turns):
+    tokenizer = TOKENIZER_LAST_TURN_DIFFERS
+    (row,) = rows_of([chat(*turns)], tokenizer)
+    answers = turns[1::2]
+    assert learned(row, tokenizer) == [
+        *(f"{answer.strip()}<|im_end|>" for answer in answers[:-1]),
+        f"<think>{answers[-1].strip()}<|im_end|>",
+    ]
+
+
+def test_a_template_that_rewrites_what_earlier_turns_say_is_refused_for_chats_of_several_turns():
+    tokenizer = build_tokenizer(chat_template=REWRITES_EARLIER_TURNS)
     assert isinstance(encode(record(chat("hi", "hello")), tokenizer, 100), Row)
-    with pytest.raises(ConfigError, match=r"a\.jsonl:3 .*\{% generation %\}"):
+    with pytest.raises(ConfigError, match=r"a\.jsonl:3, .*\{% generation %\}"):
         encode(record(chat("hi", "hello", "bye", "see you")), tokenizer, 100)
 
 
