@@ -23,7 +23,7 @@ from nestune.backends.base import Loss, StepResult
 from nestune.base_model import resolve_base
 from nestune.config import RunConfig, TrainingConfig
 from nestune.data.batches import Batch
-from nestune.data.tokens import load_tokenizer
+from nestune.data.tokens import Tokenizer, load_tokenizer
 from nestune.errors import ConfigError, RunError
 from nestune.tiers.parameters import LoraParameter, parse_parameter
 
@@ -57,11 +57,8 @@ class TorchBackend:
         dtype = "auto" if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
         self._causal = _load_base(self._base.folder, dtype).to(self.device)
         self._pad_id = int(tokenizer.pad_token_id)
-        self._end_ids = _end_ids(self._causal.generation_config.eos_token_id) | {int(tokenizer.eos_token_id)}
-        # In place of the base's own, which may sample, or punish repetition: answers are greedy.
-        self._causal.generation_config = GenerationConfig(
-            do_sample=False, pad_token_id=self._pad_id, eos_token_id=sorted(self._end_ids)
-        )
+        self._causal.generation_config = greedy_generation(self._causal.generation_config, tokenizer)
+        self._end_ids = frozenset(self._causal.generation_config.eos_token_id)
         torch.manual_seed(config.training.seed)
         self._model = _add_lora(self._causal, config)
         self._model.eval()
@@ -191,6 +188,20 @@ class TorchBackend:
         return tokens[: ends[0]] if ends else tokens
 
 
+def greedy_generation(recommended: GenerationConfig, tokenizer: Tokenizer) -> GenerationConfig:
+    """Greedy generation that ends at every end token of the base, in place of what the base recommends.
+
+    That may sample, or punish repetition, so that a score would depend on more than the weights.
+    """
+    ends = recommended.eos_token_id
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    return GenerationConfig(
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=sorted({int(tokenizer.eos_token_id), *ends}),
+    )
+
+
 class _Tier:
     """The parameters of one tier, their optimizer, and how many steps' gradients are summed in them."""
 
@@ -227,12 +238,6 @@ def _load_base(folder: Path, dtype: Any) -> Any:
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-
-
-def _end_ids(configured: int | list[int] | None) -> set[int]:
-    if configured is None:
-        return set()
-    return {configured} if isinstance(configured, int) else set(configured)
 
 
 def _add_lora(causal: Any, config: RunConfig) -> PeftModel:

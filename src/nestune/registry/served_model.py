@@ -22,6 +22,7 @@ class ServedAdapter(PythonModel):  # type: ignore[misc]
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
 
+        from nestune.backends.torch_backend import greedy_generation
         from nestune.data.tokens import load_tokenizer
 
         settings = context.model_config
@@ -30,6 +31,8 @@ class ServedAdapter(PythonModel):  # type: ignore[misc]
         self._max_new_tokens = int(settings["max_new_tokens"])
         self._tokenizer = load_tokenizer(folder)
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=settings["dtype"])
+        # As in the evaluation, so that a version answers as it was scored.
+        base.generation_config = greedy_generation(base.generation_config, self._tokenizer)
         self._model = PeftModel.from_pretrained(base, context.artifacts["adapter"]).to(self._device).eval()
 
     def predict(self, context: Any, model_input: list[str]) -> list[str]:
@@ -52,9 +55,6 @@ class ServedAdapter(PythonModel):  # type: ignore[misc]
                 input_ids=tokens.to(self._device),
                 attention_mask=torch.ones_like(tokens).to(self._device),
                 max_new_tokens=self._max_new_tokens,
-                do_sample=False,
-                pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
             )
         return str(tokenizer.decode(written[0, tokens.shape[1] :], skip_special_tokens=True)).strip()
 
