@@ -4,7 +4,7 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -30,6 +30,10 @@ class Result(Protocol):
 
     def as_dict(self) -> dict[str, Any]:
         """The result as JSON."""
+        ...
+
+    def summary(self) -> list[str]:
+        """The result for a person, a line each."""
         ...
 
 
@@ -84,7 +88,7 @@ def _run(options: argparse.Namespace) -> None:
         result = _stage(stage, options)(config, run)
         results[stage] = result.as_dict()
         if not options.json:
-            print(f"{stage}:", *_lines(results[stage]), sep="\n  ")
+            print(f"{stage}:", *result.summary(), sep="\n  ", flush=True)
     if options.json:
         print(json.dumps(results if options.command == "run" else results[options.command], indent=2))
 
@@ -110,15 +114,6 @@ def _stage(name: str, options: argparse.Namespace) -> Callable[["RunConfig", "Ru
     from nestune.stages.register import register
 
     return register
-
-
-def _lines(result: dict[str, Any], prefix: str = "") -> Iterable[str]:
-    """One line a value, nested names joined by dots."""
-    for key, value in result.items():
-        if isinstance(value, dict):
-            yield from _lines(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}: {value:.4g}" if isinstance(value, float) else f"{prefix}{key}: {value}"
 
 
 def _parser() -> argparse.ArgumentParser:

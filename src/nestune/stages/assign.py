@@ -22,6 +22,14 @@ class AssignResult:
         del content["tiers"]
         return content
 
+    def summary(self) -> list[str]:
+        """The result for a person."""
+        tiers = [
+            f"tier {tier}: {len(self.tier_map.members(tier))} matrices, every {period} step(s)"
+            for tier, period in enumerate(self.tier_map.update_every)
+        ]
+        return [f"strategy: {self.tier_map.strategy}", *tiers, *(f"warning: {w}" for w in self.tier_map.warnings)]
+
 
 def assign(config: RunConfig, run: RunPaths) -> AssignResult:
     """Write `tiers.json` and a picture of it. Raises ConfigError when a tier would be empty."""

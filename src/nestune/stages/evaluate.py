@@ -19,7 +19,7 @@ from nestune.evaluation.gate import NEW_TASK, Verdict, decide
 from nestune.evaluation.history import History, read_history
 from nestune.evaluation.plots import loss_curves, retention_bars, tier_updates
 from nestune.evaluation.report import Evaluation, build_report, flat_metrics, render_html
-from nestune.evaluation.scores import Score, Scores, score
+from nestune.evaluation.scores import Score, Scores, columns, score
 from nestune.registry.versions import Champion, fitting_champion, resolve_adapter
 from nestune.runs import (
     RunPaths,
@@ -53,6 +53,19 @@ class EvaluateResult:
             },
             "page": self.page.as_posix(),
         }
+
+    def summary(self) -> list[str]:
+        """The result for a person: a row a set, exact match or else the loss, then the gate's checks."""
+        titles = columns(self.scores)
+        width = max(map(len, self.scores["candidate"]))
+        rows = [" " * width + "".join(f"  {title}" for title in titles)]
+        for name, candidate in self.scores["candidate"].items():
+            values = (f"{self.scores[model][name].value:{len(title) + 2}.3f}" for title, model in titles.items())
+            unit = "" if candidate.measure == "exact_match" else "  nats per token"
+            rows.append(f"{name:{width}}{''.join(values)}{unit}")
+        checks = [f"{'passed' if check.passed else 'FAILED'}: {check.sentence}" for check in self.verdict.checks]
+        verdict = f"gate {'passed' if self.verdict.passed else 'refused'}: {self.verdict.reason}"
+        return [*rows, *checks, verdict, f"report: {self.page}"]
 
 
 def evaluate(config: RunConfig, run: RunPaths, backend: Backend | None = None) -> EvaluateResult:

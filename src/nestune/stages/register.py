@@ -38,6 +38,15 @@ class RegisterResult:
         """The result as JSON."""
         return asdict(self) | {"aliases": list(self.aliases)}
 
+    def summary(self) -> list[str]:
+        """The result for a person."""
+        look = f", once this runs: {self.open_with}" if self.open_with else ""
+        return [
+            f"{self.model} version {self.version}, {' and '.join(self.aliases)}",
+            f"gate {self.gate}: {self.reason}",
+            f"page: {self.page}{look}",
+        ]
+
 
 def register(config: RunConfig, run: RunPaths) -> RegisterResult:
     """Register the evaluated checkpoint and promote it when the gate let it pass; writes `registration.json`.

@@ -30,10 +30,19 @@ class TrainResult:
     best_validation_loss: float
     update_counts: list[int]
     adapter_sha256: str
+    checkpoints: str
 
     def as_dict(self) -> dict[str, Any]:
         """The result as JSON."""
         return asdict(self)
+
+    def summary(self) -> list[str]:
+        """The result for a person."""
+        return [
+            f"steps: {self.steps}, updates of each tier: {' / '.join(map(str, self.update_counts))}",
+            f"best validation loss: {self.best_validation_loss:.4f} nats per token",
+            f"checkpoints: {self.checkpoints}",
+        ]
 
 
 def train(config: RunConfig, run: RunPaths, overwrite: bool = False) -> TrainResult:
@@ -71,7 +80,7 @@ def train(config: RunConfig, run: RunPaths, overwrite: bool = False) -> TrainRes
             best = run_training(backend, schedule, steps, valid, config.training, recorder, checkpoints)
     record_stage(run, "train", [run.config, run.dataset, run.tiers], [run.checkpoints, run.metrics])
     adapter = sha256_file(run.checkpoints / config.evaluation.checkpoint / WEIGHTS)
-    return TrainResult(recorder.last_step, best.loss, recorder.update_counts, adapter)
+    return TrainResult(recorder.last_step, best.loss, recorder.update_counts, adapter, run.checkpoints.as_posix())
 
 
 class _Tracker:

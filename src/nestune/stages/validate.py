@@ -29,6 +29,13 @@ class ValidateResult:
             "rejected": self.report.rejected,
         }
 
+    def summary(self) -> list[str]:
+        """The result for a person."""
+        sets = [f"{name}: {report.records} records" for name, report in self.report.sets.items()]
+        rejected = [f"rejected: {self.report.rejected} records, see {self.dataset / 'rejected.jsonl'}"]
+        docs = f"report: {self.dataset / 'report.json'} and {self.dataset / 'data_docs' / 'index.html'}"
+        return [*sets, *(rejected if self.report.rejected else []), docs]
+
 
 def validate(config: RunConfig, run: RunPaths) -> ValidateResult:
     """Check all data of a run and write its dataset; the resolved configuration is written beside it.
