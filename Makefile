@@ -10,7 +10,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DVC_NO_ANALYTICS := 1
 export DO_NOT_TRACK := true
 
-.PHONY: setup demo test lint ui clean
+.PHONY: setup demo test lint ui prefect clean
 
 setup: $(VENV)/installed
 
@@ -33,8 +33,12 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# The pages, on this machine only: MLflow at port 5000, Prefect at port 4200.
 ui: setup
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow/mlflow.db --host 127.0.0.1 --port 5000
+
+prefect: setup
+	$(BIN)/prefect server start
 
 clean:
 	rm -rf $(VENV) runs

@@ -13,7 +13,7 @@ from typing import Any
 # The flow is a file of this project, not of the installed package.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from flows.retrain import quiet_logs, retrain
+from flows.retrain import behave_on_a_terminal, retrain
 
 from nestune.cli import exit_code_of
 from nestune.config import RunConfig, load_config
@@ -27,7 +27,7 @@ CONFIGS = {"plain LoRA": Path("configs/demo_plain.yaml"), "nestune": Path("confi
 def main() -> None:
     """Run the demo from the project's root; it goes through whatever the gate decides."""
     began = time.monotonic()
-    quiet_logs()
+    behave_on_a_terminal()
     if not DATA.exists():
         write_world(DATA)
     configs = {title: load_config(path) for title, path in CONFIGS.items()}
@@ -66,7 +66,7 @@ def _print_story(configs: dict[str, RunConfig]) -> None:
     for config in configs.values():
         console.print(f"  {RunPaths.of(config.name).evaluation}/report.html", highlight=False)
     console.print(f"  models:/{version['model']}@champion  in MLflow: make ui", highlight=False)
-    console.print("  the runs of the flow          in Prefect: .venv/bin/prefect server start", highlight=False)
+    console.print("  the flow's runs               in Prefect: make prefect", highlight=False)
 
 
 def _read(config: RunConfig, file: str) -> Any:

@@ -9,8 +9,10 @@ No Prefect server is needed: without one, Prefect starts its own for the time of
 import argparse
 import json
 import logging
+import os
 import signal
 import sys
+import threading
 from typing import Any
 
 from nestune.environment import set_defaults
@@ -25,7 +27,9 @@ from nestune.cli import add_run_options, exit_code_of
 from nestune.config import RunConfig, load_config
 from nestune.errors import NestuneError, ServiceError
 from nestune.runs import RunPaths
-from nestune.training.checkpoints import refuse_other_checkpoints
+from nestune.stages.train import check_before_training
+
+LEAVE_AFTER_S = 5.0
 
 
 @task(task_run_name="validate", cache_policy=NO_CACHE)
@@ -85,8 +89,7 @@ def retrain(config: RunConfig, overwrite: bool = False) -> dict[str, Any]:
     `overwrite` replaces checkpoints that another configuration trained under the same name.
     """
     run = RunPaths.of(config.name)
-    if not overwrite:
-        refuse_other_checkpoints(config, run)
+    check_before_training(config, run, overwrite)
     # Called, not submitted: training stays in the main thread, where a request to end reaches it.
     results = {
         "validate": validate(config),
@@ -129,10 +132,24 @@ def _shown(score: dict[str, Any]) -> str:
     return f"{score['loss']:.3f}" if score["exact_match"] is None else f"{score['exact_match']:.1%}"
 
 
-def quiet_logs() -> None:
-    """Have Prefect log an error that says what to do once and without traceback."""
+def behave_on_a_terminal() -> None:
+    """Have Prefect log an error that says what to do once and without traceback, and let Ctrl-C end all soon."""
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(name).addFilter(_OneLineOfAFailure())
+    signal.signal(signal.SIGINT, _leave_soon)
+
+
+def _leave_soon(*_: object) -> None:
+    """Interrupt the flow, and end the process when Prefect does not.
+
+    A terminal's Ctrl-C ends Prefect's temporary server too, which Prefect would then ask for minutes what to do.
+    """
+    logging.disable()
+    print("interrupted", file=sys.stderr)
+    timer = threading.Timer(LEAVE_AFTER_S, os._exit, [130])
+    timer.daemon = True
+    timer.start()
+    raise KeyboardInterrupt
 
 
 class _OneLineOfAFailure(logging.Filter):
@@ -150,9 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="From JSONL to a registered adapter, as a Prefect flow.")
     add_run_options(parser, trains=True)
     options = parser.parse_args(arguments)
-    quiet_logs()
-    # An ordinary exit, so that Prefect's temporary server does not outlive the flow.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    behave_on_a_terminal()
     return exit_code_of(lambda: retrain(load_config(options.config, options.set, options.name), options.overwrite))
 
 

@@ -1,5 +1,6 @@
 """The base model of a run: where its files are, and the content hash by which adapters name it."""
 
+import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,13 +15,19 @@ class BaseModel:
     """A base model on this disk.
 
     `reference` is what the configuration says (a folder or a hub id), `sha256` the hash over its
-    configuration and weight files: the identity that an adapter is bound to.
+    configuration and weight files: the identity that an adapter is bound to. `positions` is the most tokens
+    that it reads, None where its configuration does not say.
     """
 
     reference: str
     revision: str | None
     folder: Path
     sha256: str
+    positions: int | None
+
+    def row_limit(self, max_seq_length: int) -> int:
+        """The tokens of a record that are kept: as configured, but no more than the base reads."""
+        return min(max_seq_length, self.positions or max_seq_length)
 
 
 def resolve_base(model: ModelConfig) -> BaseModel:
@@ -40,7 +47,17 @@ def resolve_base(model: ModelConfig) -> BaseModel:
             "Name a folder in Hugging Face format, or a hub id such as Qwen/Qwen2.5-0.5B-Instruct."
         )
     stamps = tuple((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in [config, *weights])
-    return BaseModel(model.base, model.revision, folder, _hash_once(folder, stamps))
+    return BaseModel(model.base, model.revision, folder, _hash_once(folder, stamps), _positions(config))
+
+
+def _positions(config: Path) -> int | None:
+    try:
+        content = json.loads(config.read_text(encoding="utf-8"))
+        # Models of text and pictures keep it one block deeper.
+        positions = {**content.get("text_config", {}), **content}.get("max_position_embeddings")
+    except (ValueError, AttributeError, TypeError):
+        raise ConfigError(f"model.base: {config} is no model configuration. Take another copy of the base.") from None
+    return positions if isinstance(positions, int) else None
 
 
 @cache

@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -49,11 +50,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 def exit_code_of(action: Callable[[], object]) -> int:
     """Do it; 0, or the exit code of an error that the user can act on, which is printed without a traceback."""
+    # An ordinary exit, so that what was begun is ended: the tracked run, Prefect's temporary server.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         action()
     except NestuneError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}. Check permissions and free space.", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -76,13 +84,14 @@ def add_run_options(parser: argparse.ArgumentParser, trains: bool) -> None:
 def _run(options: argparse.Namespace) -> None:
     from nestune.config import load_config
     from nestune.runs import RunPaths
-    from nestune.training.checkpoints import refuse_other_checkpoints
 
     config = load_config(options.config, options.set, options.name)
     run = RunPaths.of(config.name)
     stages = STAGES if options.command == "run" else (options.command,)
-    if options.command == "run" and not options.overwrite:
-        refuse_other_checkpoints(config, run)
+    if options.command == "run":
+        from nestune.stages.train import check_before_training
+
+        check_before_training(config, run, options.overwrite)
     results: dict[str, Any] = {}
     for stage in stages:
         result = _stage(stage, options)(config, run)

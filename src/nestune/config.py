@@ -1,12 +1,9 @@
 """The one typed description of a run. Every default lives here; YAML files hold what differs."""
 
-import difflib
 import re
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -15,17 +12,13 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
     StringConstraints,
     ValidationError,
     ValidationInfo,
     field_validator,
-    model_validator,
 )
 
+from nestune.config_faults import explain
 from nestune.errors import ConfigError
 
 
@@ -36,7 +29,7 @@ class Strict(BaseModel):
 
 
 def _existing(path: str, info: ValidationInfo) -> str:
-    if (info.context or {}).get("check_paths") and not Path(path).exists():
+    if (info.context or {}).get("check_paths") and not Path(path).expanduser().exists():
         raise ValueError(f"there is no file or folder {path}; relative paths start at {Path.cwd()}")
     return path
 
@@ -45,10 +38,29 @@ def _as_tuple(value: object) -> object:
     return (value,) if isinstance(value, str) else value
 
 
+def _no_bool(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    return value
+
+
+def _free_name(name: str) -> str:
+    if name in ("train", "valid", "replay", "new_task"):
+        raise ValueError(f"{name} is taken by the run; use another name")
+    return name
+
+
+# Whole numbers are strict. Other numbers may be text: PyYAML reads 1e-3, without a point, as a string.
+PositiveInt = Annotated[int, Field(gt=0, strict=True)]
+NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
+Number = Annotated[float, BeforeValidator(_no_bool)]
+PositiveFloat = Annotated[Number, Field(gt=0)]
+NonNegativeFloat = Annotated[Number, Field(ge=0)]
+Fraction = Annotated[Number, Field(gt=0, lt=1)]
 SafeName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 ExistingPath = Annotated[str, StringConstraints(min_length=1), AfterValidator(_existing)]
 Paths = Annotated[tuple[ExistingPath, ...], BeforeValidator(_as_tuple)]
-Fraction = Annotated[float, Field(gt=0, lt=1)]
+RetentionName = Annotated[SafeName, AfterValidator(_free_name)]
 
 
 class ModelConfig(Strict):
@@ -73,16 +85,29 @@ class ModelConfig(Strict):
             return _existing(value, info)
         return value
 
+    @field_validator("revision")
+    @classmethod
+    def _only_of_a_hub_model(cls, revision: str | None, info: ValidationInfo) -> str | None:
+        base = info.data.get("base")
+        if revision is not None and base is not None and Path(base).expanduser().is_dir():
+            raise ValueError(f"model.base {base} is a folder here and has no revisions; remove model.revision")
+        return revision
+
 
 class LoraConfig(Strict):
     """Low-rank adapters W + (alpha / rank) B A (Hu et al. 2021, arXiv:2106.09685)."""
 
     rank: PositiveInt = Field(8, description="rank of A and B")
     alpha: PositiveFloat = Field(16.0, description="the adapter's effect is scaled by alpha / rank")
-    dropout: float = Field(0.0, ge=0, lt=1, description="probability of dropping an input of the adapter")
+    dropout: Number = Field(0.0, ge=0, lt=1, description="probability of dropping an input of the adapter")
     targets: Literal["all-linear"] | tuple[str, ...] = Field(
         "all-linear", description="names of the linear modules that get an adapter, or all-linear: all but the head"
     )
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: object) -> object:
+        return value if value == "all-linear" else _as_tuple(value)
 
 
 class DataConfig(Strict):
@@ -92,7 +117,7 @@ class DataConfig(Strict):
     valid: Fraction | Paths = Field(
         0.1, description="held-out part of the new task: files or folders, or the fraction of train to hold out"
     )
-    retention: dict[SafeName, Paths] = Field(
+    retention: dict[RetentionName, Paths] = Field(
         default_factory=dict, description="retention sets by name: what the model must go on knowing"
     )
     on_invalid: Literal["fail", "quarantine"] = Field(
@@ -105,9 +130,14 @@ class DataConfig(Strict):
     @field_validator("valid", mode="before")
     @classmethod
     def _fraction_or_paths(cls, value: object) -> object:
-        if isinstance(value, (int, float)) and not 0 < value < 1:
-            raise ValueError("a fraction to hold out lies between 0 and 1, e.g. 0.1; or name files")
-        return value
+        if isinstance(value, str):
+            try:
+                value = float(value)
+            except ValueError:
+                return value
+        if isinstance(value, (list, tuple)) or (isinstance(value, (int, float)) and 0 < value < 1):
+            return value
+        raise ValueError("must be a fraction of train between 0 and 1, e.g. 0.1, or files")
 
 
 class TierConfig(Strict):
@@ -237,13 +267,17 @@ class GateConfig(Strict):
         0.05, description="exact match (0 to 1) the candidate must gain over its parent on the new task"
     )
     min_loss_gain: NonNegativeFloat = Field(
-        0.0, description="nats per token the loss must fall below the parent's, for a new task without answers"
+        0.01,
+        description="nats per token the loss must fall below the parent's, for a new task without answers; 0: any fall",
     )
     max_drop: NonNegativeFloat = Field(
         0.05, description="exact match (0 to 1) it may lose to the champion on any set, the new task included"
     )
     max_loss_rise: NonNegativeFloat = Field(
         0.1, description="nats per token it may lose to the champion on a set without answers"
+    )
+    require_retention: bool = Field(
+        True, description="false: a candidate may be promoted although no retention set shows what it kept"
     )
 
 
@@ -252,7 +286,11 @@ class RegistryConfig(Strict):
 
     tracking_uri: str | None = Field(None, description="MLflow server or database; none: SQLite in the folder mlflow/")
     experiment: str = Field("nestune", min_length=1, description="experiment in which runs are tracked")
-    registered_model: SafeName = Field("nestune", description="registered model that candidates become versions of")
+    registered_model: SafeName = Field(
+        # A factory, so that a form made from the schema does not fill in a name.
+        default_factory=lambda: "nestune",
+        description="registered model that candidates become versions of; none: the run's name",
+    )
 
     @field_validator("tracking_uri")
     @classmethod
@@ -277,14 +315,15 @@ class RunConfig(Strict):
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     gate: GateConfig = GateConfig()
-    registry: RegistryConfig = RegistryConfig()
+    registry: RegistryConfig = Field(default_factory=RegistryConfig)
 
-    @model_validator(mode="after")
-    def _set_names(self) -> Self:
-        reserved = {"train", "valid", "replay", "new_task"} & set(self.data.retention)
-        if reserved:
-            raise ValueError(f"data.retention: {', '.join(sorted(reserved))} is taken by the run; use other names")
-        return self
+    @field_validator("registry", mode="before")
+    @classmethod
+    def _named_after_the_run(cls, registry: object, info: ValidationInfo) -> object:
+        given = registry.model_dump(exclude_unset=True) if isinstance(registry, RegistryConfig) else registry
+        if isinstance(given, dict) and given.get("registered_model") is None and "name" in info.data:
+            return given | {"registered_model": info.data["name"]}
+        return registry
 
 
 def load_config(path: Path, overrides: Sequence[str] = (), name: str | None = None) -> RunConfig:
@@ -293,11 +332,11 @@ def load_config(path: Path, overrides: Sequence[str] = (), name: str | None = No
     Raises ConfigError with every fault at once: unknown keys, wrong values, paths that do not exist.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = _read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}. Name one with --config.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML in UTF-8: {error}. Mend it there.") from None
+        raise ConfigError(f"{path} cannot be read as YAML in UTF-8: {error}. Mend it there.") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds {type(raw).__name__}; a configuration is a mapping of blocks such as data:")
     for override in overrides:
@@ -312,15 +351,30 @@ def parse_config(raw: Mapping[str, Any], source: str = "the configuration") -> R
     try:
         return RunConfig.model_validate(raw, context={"check_paths": True})
     except ValidationError as error:
-        faults = [f"  {_explain(fault)}" for fault in error.errors(include_url=False)]
-        # A union reports a fault for each of its branches; the reader needs a field only once.
-        unique = list(dict.fromkeys(faults))
-        raise ConfigError("\n".join([f"{source}: {len(unique)} fault(s)", *unique])) from None
+        faults = explain(error, RunConfig)
+        raise ConfigError("\n  ".join([f"{source}: {len(faults)} fault(s)", *faults])) from None
 
 
 def dump_config(config: RunConfig) -> str:
     """The resolved configuration as YAML; loading it gives an equal configuration."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _read_yaml(text: str) -> Any:
+    return yaml.load(text, _KeysOnce)
+
+
+class _KeysOnce(yaml.SafeLoader):
+    """YAML in which a key given twice in one mapping is an error; YAML's own rule is that the last wins."""
+
+    def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value} is given twice", problem_mark=key.start_mark)
+            seen.add(str(key.value))
+        return node
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
@@ -329,9 +383,9 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     if not separator or not all(keys):
         raise ConfigError(f"--set {override!r} is not block.key=value, e.g. --set training.steps=20")
     try:
-        value = yaml.safe_load(text)
+        value = _read_yaml(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--set {path}: the value {text!r} is not YAML: {error}") from None
+        raise ConfigError(f"--set {path}: the value {text!r} cannot be read as YAML: {error}") from None
     block = raw
     for key in keys[:-1]:
         if block.get(key) is None:
@@ -340,32 +394,3 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         if not isinstance(block, dict):
             raise ConfigError(f"--set {path}: {key} holds a value, not a block")
     block[keys[-1]] = value
-
-
-def _explain(fault: Any) -> str:
-    location, kind = list(fault["loc"]), fault["type"]
-    # Pydantic appends the branch of a union to the location; only keys and indices mean something to a user.
-    where = ".".join(str(part) for part in location if _is_key(part)) or "the configuration"
-    if kind == "extra_forbidden":
-        known = _known_keys(location[:-1])
-        close = difflib.get_close_matches(str(location[-1]), known, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        return f"{where}: unknown key; {hint}Known here: {', '.join(known)}."
-    if kind == "missing":
-        return f"{where}: missing; add it."
-    message = str(fault["msg"]).removeprefix("Value error, ").rstrip(".")
-    seen = "" if "password" in message else f" (seen: {fault['input']!r:.80})"
-    return f"{where}: {message[:1].lower() + message[1:]}{seen}."
-
-
-def _is_key(part: str | int) -> bool:
-    return isinstance(part, int) or part.replace("_", "").replace("-", "").replace(".", "").isalnum()
-
-
-def _known_keys(location: Sequence[str | int]) -> list[str]:
-    block: Any = RunConfig
-    for part in location:
-        block = block.model_fields[str(part)].annotation if hasattr(block, "model_fields") else None
-        if isinstance(block, types.UnionType):
-            block = next(b for b in typing.get_args(block) if hasattr(b, "model_fields"))
-    return sorted(block.model_fields) if hasattr(block, "model_fields") else []

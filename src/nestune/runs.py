@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,14 +123,44 @@ def replaced_folder(path: Path) -> Iterator[Path]:
                 parent.rmdir()
 
 
-def read_json(path: Path, remedy: str) -> Any:
-    """The content of a JSON file of a run; raises RunError with the remedy where it is missing or broken."""
+@contextmanager
+def kept_until_replaced(*paths: Path) -> Iterator[None]:
+    """Set files and folders aside while the block makes new ones in their place; when it fails, they come back.
+
+    What a failed block made stays only where there was nothing before. A killed process leaves the old ones
+    beside, as `.<name>.previous`; the next such block on the same paths brings them back first.
+    """
+    aside = {path: path.with_name(f".{path.name}.previous") for path in paths}
+    _bring_back(aside)
+    for path, previous in aside.items():
+        if path.exists():
+            os.replace(path, previous)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        yield
+    except BaseException:
+        _bring_back(aside)
+        raise
+    for previous in aside.values():
+        _remove(previous)
+
+
+def read_json(path: Path, remedy: str, keys: Sequence[str] = ()) -> Any:
+    """The content of a JSON file of a run, an object with `keys`.
+
+    Raises RunError with the remedy where the file is missing or broken, or lacks a key.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror}. {remedy}") from None
     except ValueError as error:
         raise RunError(f"{path} is not JSON: {error}. {remedy}") from None
+    if not isinstance(content, dict):
+        raise RunError(f"{path} holds no JSON object. {remedy}")
+    missing = [key for key in keys if key not in content]
+    if missing:
+        raise RunError(f"{path} lacks {', '.join(missing)}. {remedy}")
+    return content
 
 
 def sha256_file(path: Path) -> str:
@@ -155,6 +185,20 @@ def record_stage(run: RunPaths, stage: str, inputs: Iterable[Path], outputs: Ite
     stages = read_json(run.manifest, "Delete it; the stages write it anew.") if run.manifest.exists() else {}
     stages[stage] = {"inputs": _hashes(inputs), "outputs": _hashes(outputs)}
     write_json(run.manifest, stages)
+
+
+def _bring_back(aside: Mapping[Path, Path]) -> None:
+    for path, previous in aside.items():
+        if previous.exists():
+            _remove(path)
+            os.replace(previous, path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _hashes(paths: Iterable[Path]) -> dict[str, str]:

@@ -1,6 +1,12 @@
 """Every door onto the same stages: the command line, the Prefect flow, and the registry's model at the end."""
 
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -47,11 +53,59 @@ def test_another_configuration_does_not_replace_a_trained_adapter_unasked(
         assert cli.main([command, "--config", str(path)]) == 0
     before = sha256_file(Path("runs/demo-nestune") / ADAPTER)
     again = ["train", "--config", str(path), "--set", "training.seed=7"]
-    assert cli.main(again) == 1
+    assert cli.main(again) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert sha256_file(Path("runs/demo-nestune") / ADAPTER) == before
     assert cli.main([*again, "--overwrite"]) == 0
     assert sha256_file(Path("runs/demo-nestune") / ADAPTER) != before
+
+
+def test_a_training_that_fails_leaves_the_adapter_that_was_there(
+    configured: Configured, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = configured()
+    for command in ("validate", "tiers", "train"):
+        assert cli.main([command, "--config", str(path)]) == 0
+    before = {
+        f: sha256_file(f) for f in Path("runs/demo-nestune").rglob("*") if f.is_file() and "dataset" not in f.parts
+    }
+    diverging = ["--set", "training.optimizer=sgd", "--set", "training.max_grad_norm=null"]
+    again = ["train", "--config", str(path), "--overwrite", "--set", "training.learning_rate=1e30", *diverging]
+    assert cli.main(again) == 1
+    assert "training diverged" in capsys.readouterr().err
+    after = {file: sha256_file(file) for file in before if file.exists()}
+    changed = {file.name for file in before if after.get(file) != before[file]}
+    assert changed == {"config.yaml"}
+
+
+def test_a_training_that_was_interrupted_is_not_evaluated(
+    configured: Configured, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = configured()
+    for command in ("validate", "tiers", "train"):
+        assert cli.main([command, "--config", str(path)]) == 0
+    shutil.rmtree("runs/demo-nestune/checkpoints/final")
+    assert cli.main(["evaluate", "--config", str(path)]) == 1
+    assert "not to its end" in capsys.readouterr().err
+
+
+def test_a_training_that_is_asked_to_end_ends_its_tracked_run(configured: Configured) -> None:
+    path = configured(training={"steps": 100_000, "eval_every": 5})
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "nestune.cli", "run", "--config", str(path)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        metrics = Path("runs/demo-nestune/metrics/eval_metrics.jsonl")
+        deadline = time.monotonic() + 300
+        while not (metrics.exists() and metrics.read_text()) and time.monotonic() < deadline:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    tracking = json.loads(Path("runs/demo-nestune/tracking.json").read_text())
+    from mlflow import MlflowClient
+
+    run = MlflowClient(f"sqlite:///{Path('mlflow/mlflow.db').absolute()}").get_run(tracking["run_id"])
+    assert run.info.status == "KILLED"
 
 
 @pytest.mark.parametrize(

@@ -80,3 +80,8 @@ def test_repro_runs_what_has_changed_and_nothing_else(copy: Path) -> None:
     change(copy, "learning_rate: 3.0e-3", "learning_rate: 1.0e-3")
     assert stages_run(dvc(copy, "repro")) == ["train", "evaluate", "register"]
     assert (copy / "runs/retrain/checkpoints/final/adapter_model.safetensors").read_bytes() != adapter
+
+    # What DVC has in its cache it takes from there; but a version is registered, never taken from a cache.
+    change(copy, "learning_rate: 1.0e-3", "learning_rate: 3.0e-3")
+    assert stages_run(dvc(copy, "repro")) == ["register"]
+    assert (copy / "runs/retrain/checkpoints/final/adapter_model.safetensors").read_bytes() == adapter

@@ -64,18 +64,118 @@ def test_all_faults_of_a_file_are_told_at_once_with_a_remedy(written: Path) -> N
         ("tiers.assignments={'*': 5}", "remove them, or set tiers.strategy to manual"),
         ("tiers.strategy=manual", "strategy manual needs patterns"),
         ("tiers.strategy=deep", "'layer_depth'"),
-        ("data.valid=1.5", "lies between 0 and 1"),
-        ("training.eval_every=0", "greater than 0"),
+        ("data.valid=1.5", "data.valid: must be a fraction of train between 0 and 1, e.g. 0.1, or files (seen: 1.5)"),
+        ("training.eval_every=0", "training.eval_every: must be a number above 0 (seen: 0)"),
         ("training.learning_rate=.nan", "finite number"),
-        ("name=../escape", "string should match pattern"),
-        ("data.retention={'../x': a}", "string should match pattern"),
-        ("data.retention.train=TRAIN", "is taken by the run"),
+        ("name=../escape", "name: must be letters, digits, '.', '_' and '-'"),
+        ("data.retention={'../x': a}", "data.retention.../x: must be letters, digits"),
+        ("data.retention.train=TRAIN", "train is taken by the run; use another name (seen: 'train')"),
+        (
+            "model=org/base",
+            "model: must be a block of keys: adapter, backend, base, dtype, revision (seen: 'org/base')",
+        ),
+        ("training.early_stopping=5", "training.early_stopping: must be a block of keys: min_delta, patience"),
+        ("data.retention=[a]", "data.retention: must be a block of keys"),
+        ("tiers.lr_scale=fast", "tiers.lr_scale: must be 'equal' or 'inverse_period', or a list (seen: 'fast')"),
+        ("tiers.update_every=[]", "tiers.update_every: must be a list, at least 1 long"),
+        ("data.on_invalid=skip", "must be 'fail' or 'quarantine' (seen: 'skip')"),
         ("model.base=./nowhere", "there is no file or folder ./nowhere"),
     ],
 )
 def test_a_fault_names_what_is_allowed(written: Path, override: str, expected: str) -> None:
     override = override.replace("TRAIN", str(written.parent / "train.jsonl"))
     assert any(expected in fault for fault in faults_of(written, override)), faults_of(written, override)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.valid=no.jsonl", "data.valid.0: there is no file"),
+        ("data.valid={}", "data.valid: must be a fraction"),
+        ("data.valid=true", "data.valid: must be a fraction"),
+        ("data.valid='2'", "data.valid: must be a fraction"),
+        ("data.train=no.jsonl", "data.train.0: there is no file"),
+        ("data.retention={a-b.c: no.jsonl}", "data.retention.a-b.c.0: there is no file"),
+        ("lora.targets=3", "lora.targets: must be 'all-linear', or a list"),
+        ("lora.targets=[3]", "lora.targets.0: must be text"),
+        ("tiers.lr_scale=[1, fast, 1]", "tiers.lr_scale.1: must be a number"),
+        ("tiers.lr_scale=[0, 1, 1]", "tiers.lr_scale.0: must be a number above 0"),
+    ],
+)
+def test_one_wrong_value_is_one_fault_at_a_place_the_file_has(written: Path, override: str, expected: str) -> None:
+    (fault,) = faults_of(written, override)
+    assert fault.strip().startswith(expected)
+
+
+def test_a_wrong_name_and_a_missing_file_of_a_retention_set_are_both_told(written: Path) -> None:
+    places = [fault.split(": ")[0].strip() for fault in faults_of(written, "data.retention={a b: no.jsonl}")]
+    assert places == ["data.retention.a b", "data.retention.a b.0"]
+
+
+@pytest.mark.parametrize("key", ["training.steps", "training.seed", "lora.rank", "tiers.update_every"])
+@pytest.mark.parametrize("value", ["true", "'20'", "2.5"])
+def test_a_count_is_a_whole_number_and_neither_text_nor_a_truth_value(written: Path, key: str, value: str) -> None:
+    (fault,) = faults_of(written, f"{key}=[{value}, 2]" if key == "tiers.update_every" else f"{key}={value}")
+    assert f"{key}.0: must be a whole number" in fault or f"{key}: must be a whole number" in fault
+
+
+@pytest.mark.parametrize("key", ["training.learning_rate", "lora.dropout", "gate.min_gain", "training.max_grad_norm"])
+def test_a_number_is_no_truth_value(written: Path, key: str) -> None:
+    assert faults_of(written, f"{key}=true") == [f"  {key}: must be a number (seen: True)."]
+
+
+def test_a_number_may_have_an_exponent_without_a_point(written: Path) -> None:
+    config = load_config(written, ["training.learning_rate=1e-3", "lora.dropout=1e-2", "data.valid=2e-1"])
+    assert (config.training.learning_rate, config.lora.dropout, config.data.valid) == (1e-3, 1e-2, 0.2)
+
+
+def test_a_form_made_from_the_schema_asks_for_numbers() -> None:
+    blocks = RunConfig.model_json_schema()["$defs"]
+    fields = blocks["TrainingConfig"]["properties"]
+    assert (fields["steps"]["type"], fields["learning_rate"]["type"]) == ("integer", "number")
+    assert fields["steps"]["exclusiveMinimum"] == 0
+    assert "default" not in blocks["RegistryConfig"]["properties"]["registered_model"]
+
+
+def test_a_key_given_twice_is_refused_with_its_line(written: Path) -> None:
+    written.write_text("name: r\ntraining:\n  steps: 3\n  seed: 1\n  steps: 4\n")
+    with pytest.raises(ConfigError, match=r"run\.yaml cannot be read.* key steps is given twice(.|\n)*line 5"):
+        load_config(written)
+    written.write_text("name: r\n")
+    with pytest.raises(ConfigError, match=r"--set training: .* key steps is given twice"):
+        load_config(written, ["training={steps: 3, steps: 4}"])
+
+
+def test_a_key_may_replace_that_of_a_merged_mapping(written: Path) -> None:
+    content = written.read_text()
+    written.write_text(content + "training: {<<: &a {steps: 3, seed: 1}, steps: 4}\n")
+    config = load_config(written)
+    assert (config.training.steps, config.training.seed) == (4, 1)
+
+
+def test_one_target_needs_no_list(written: Path) -> None:
+    assert load_config(written, ["lora.targets=q_proj"]).lora.targets == ("q_proj",)
+    assert load_config(written, ["lora.targets=all-linear"]).lora.targets == "all-linear"
+
+
+@pytest.mark.parametrize("overrides", [[], ["registry.experiment=e"], ["registry.registered_model=null"]])
+def test_the_registered_model_has_the_name_of_the_run_unless_given(written: Path, overrides: list[str]) -> None:
+    assert load_config(written, overrides).registry.registered_model == "r"
+    assert load_config(written, overrides, name="x").registry.registered_model == "x"
+    given = [*overrides, "registry.registered_model=given"]
+    assert load_config(written, given, name="x").registry.registered_model == "given"
+
+
+def test_a_wrong_name_of_the_run_is_no_fault_of_the_registry(written: Path) -> None:
+    assert len(faults_of(written, "name=../escape")) == 1
+
+
+def test_a_revision_of_a_folder_is_refused(written: Path) -> None:
+    folder = written.parent
+    (fault,) = faults_of(written, f"model.base={folder}", "model.revision=main")
+    assert "model.revision: " in fault
+    assert "remove model.revision" in fault
+    assert load_config(written, ["model.revision=main"]).model.revision == "main"
 
 
 def test_manual_tier_out_of_range_is_refused(written: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from nestune.errors import RunError
 from nestune.runs import (
     RunPaths,
+    kept_until_replaced,
     read_json,
     record_stage,
     replaced_folder,
@@ -71,6 +72,56 @@ def test_a_block_that_fails_leaves_no_folder_behind(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
+def make_anew(*paths: Path, fail: bool) -> None:
+    with kept_until_replaced(*paths):
+        for path in paths:
+            assert not path.exists()
+        write_text(paths[0] / "new", "new")
+        if fail:
+            raise RuntimeError("diverged")
+
+
+def test_what_is_set_aside_is_gone_once_the_new_is_complete(tmp_path: Path) -> None:
+    folder, file = tmp_path / "checkpoints", tmp_path / "tracking.json"
+    write_text(folder / "old", "old")
+    write_text(file, "old")
+    make_anew(folder, file, fail=False)
+    assert names(folder) == ["new"]
+    assert names(tmp_path) == ["checkpoints"]
+
+
+def test_what_is_set_aside_comes_back_when_the_new_fails(tmp_path: Path) -> None:
+    folder, file = tmp_path / "checkpoints", tmp_path / "tracking.json"
+    write_text(folder / "old", "old")
+    write_text(file, "old")
+    with pytest.raises(RuntimeError, match="diverged"):
+        make_anew(folder, file, fail=True)
+    assert names(folder) == ["old"]
+    assert file.read_text() == "old"
+    assert names(tmp_path) == ["checkpoints", "tracking.json"]
+
+
+def test_what_a_first_attempt_made_stays_when_it_fails(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="diverged"):
+        make_anew(tmp_path / "checkpoints", fail=True)
+    assert names(tmp_path / "checkpoints") == ["new"]
+
+
+def test_what_a_killed_process_set_aside_comes_back_before_the_next_attempt(tmp_path: Path) -> None:
+    write_text(tmp_path / ".checkpoints.previous" / "old", "old")
+    write_text(tmp_path / "checkpoints" / "half", "half")
+    with pytest.raises(RuntimeError, match="diverged"):
+        make_anew(tmp_path / "checkpoints", fail=True)
+    assert names(tmp_path) == ["checkpoints"]
+    assert names(tmp_path / "checkpoints") == ["old"]
+
+
+def test_a_file_of_a_run_that_lacks_a_key_names_it(tmp_path: Path) -> None:
+    write_json(tmp_path / "tracking.json", {"a": 1})
+    with pytest.raises(RunError, match=r"tracking\.json lacks run_id\. Again\."):
+        read_json(tmp_path / "tracking.json", "Again.", keys=["a", "run_id"])
+
+
 def test_hashes_are_sha256(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     assert sha256_file(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()
@@ -105,7 +156,7 @@ def test_the_manifest_holds_the_latest_hashes_of_each_stage(tmp_path: Path, monk
     }
 
 
-@pytest.mark.parametrize("content", [None, "{", "\xff"])
+@pytest.mark.parametrize("content", [None, "{", "\xff", "[]"])
 def test_a_file_of_a_run_that_cannot_be_read_tells_the_remedy(tmp_path: Path, content: str | None) -> None:
     path = tmp_path / "report.json"
     if content is not None:

@@ -1,5 +1,7 @@
 """Which backend trains: the one place that knows them all, and imports none before it is asked for."""
 
+from importlib.util import find_spec
+
 from nestune.backends.base import Backend
 from nestune.config import RunConfig
 from nestune.errors import ConfigError
@@ -10,12 +12,18 @@ def make_backend(config: RunConfig) -> Backend:
 
     auto: PyTorch. Raises ConfigError when the framework is not installed.
     """
+    check_backend(config)
+    from nestune.backends.torch_backend import TorchBackend
+
+    return TorchBackend(config)
+
+
+def check_backend(config: RunConfig) -> None:
+    """Raise ConfigError when the configured backend is not there or its packages are not installed."""
     if config.model.backend == "mlx":
         raise ConfigError("model.backend is 'mlx'; this version trains with torch only. Set it to auto or torch.")
-    try:
-        from nestune.backends.torch_backend import TorchBackend
-    except ModuleNotFoundError as error:
+    missing = [package for package in ("torch", "peft") if find_spec(package) is None]
+    if missing:
         raise ConfigError(
-            f"the torch backend needs {error.name}; install it with: pip install 'nestune[cuda]'"
-        ) from None
-    return TorchBackend(config)
+            f"the torch backend needs {' and '.join(missing)}; install it with: pip install 'nestune[cuda]'"
+        )

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -237,7 +238,13 @@ def _load_base(folder: Path, dtype: Any) -> Any:
     """The base model; typed loosely, as the methods of Transformers' models mostly bear no types."""
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f"model.base: the model in {folder} does not load: {first_line}. Take another copy."
+        ) from error
 
 
 def _add_lora(causal: Any, config: RunConfig) -> PeftModel:

@@ -27,7 +27,7 @@ def load_dataset(folder: Path, tokenizer: Tokenizer, max_length: int) -> Dataset
 
     Raises RunError when it is missing, has changed since it was validated, or does not suit the tokenizer.
     """
-    report = read_json(folder / "report.json", REMEDY)
+    report = read_json(folder / "report.json", REMEDY, keys=["outputs", "sets", "sha256"])
     changed = [name for name, sha256 in report["outputs"].items() if _hash(folder / name) != sha256]
     if changed:
         raise RunError(f"{folder}: {', '.join(changed)} changed since validation. {REMEDY}")

@@ -78,7 +78,7 @@ def find_files(paths: Sequence[str]) -> list[Path]:
     Raises DataError when a path does not exist or a folder holds none.
     """
     files: list[Path] = []
-    for path in map(Path, paths):
+    for path in (Path(path).expanduser() for path in paths):
         found = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path] if path.exists() else []
         if not found:
             what = "holds no *.jsonl" if path.is_dir() else "does not exist"

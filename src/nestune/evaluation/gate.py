@@ -1,7 +1,7 @@
-"""The gate: a candidate may become champion when it learned the new task and forgot nothing."""
+"""The gate: a candidate may become champion when it learned the new task and shows that it forgot nothing."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -10,6 +10,10 @@ from nestune.errors import RunError
 from nestune.evaluation.scores import Score, Scores
 
 NEW_TASK = "new_task"
+UNSHOWN = "no retention set shows what was kept"
+UNSHOWN_SENTENCE = (
+    "no retention set: nothing shows what was kept; name some in data.retention, or set gate.require_retention=false"
+)
 TOLERANCE = 1e-9  # a drop of exactly the limit passes, whatever the rounding of floats
 
 
@@ -19,9 +23,10 @@ class Rule:
 
     `learned`: it gained at least `limit` over `against`; `kept`: it lost at most `limit` to it. In the unit of
     the set's measure: exact match (0 to 1), or loss in nats per token.
+    `shown`: there are at least `limit` retention sets to compare it with `against` on.
     """
 
-    kind: Literal["learned", "kept"]
+    kind: Literal["learned", "kept", "shown"]
     against: str
     limit: float
 
@@ -30,7 +35,8 @@ class Rule:
 class Check:
     """A rule as it turned out.
 
-    `seen`: what was gained (`learned`) or lost (`kept`), None where a score is not finite.
+    `seen`: what was gained (`learned`) or lost (`kept`), None where a score is not finite; or how many sets
+    there are (`shown`).
     """
 
     rule: Rule
@@ -72,16 +78,20 @@ def decide(scores: Scores, gate: GateConfig) -> Verdict:
     """Whether the candidate learned the new task and kept what was known, by `scores[model][set]`.
 
     Models: `candidate` and `parent`, and `champion` where there is one; else the parent is compared with.
-    The new task's set is called `new_task`; with a champion it must be kept as well as learned.
+    The new task's set is called `new_task`; with a champion it must be kept as well as learned. The others are
+    the retention sets; without any nothing is promoted, unless `require_retention` is off.
     Raises RunError when a model lacks the score of a set, or was scored on other rows.
     """
     _refuse_what_cannot_be_compared(scores)
-    checks = tuple(
+    checks = [
         _check(rule, set_name, candidate, scores[rule.against][set_name])
         for set_name, candidate in scores["candidate"].items()
         for rule in _rules(scores, set_name, gate)
-    )
-    return Verdict(all(check.passed for check in checks), _compared_with(scores), checks)
+    ]
+    if gate.require_retention and not _shows_what_was_kept(checks):
+        rule = Rule("shown", _compared_with(scores), limit=1)
+        checks.append(Check(rule, "retention", "sets", seen=0, passed=False, sentence=UNSHOWN_SENTENCE))
+    return Verdict(all(check.passed for check in checks), _compared_with(scores), tuple(checks))
 
 
 def lowest_passing(scores: Scores, set_name: str, gate: GateConfig) -> float:
@@ -122,6 +132,10 @@ def _check(rule: Rule, set_name: str, candidate: Score, reference: Score) -> Che
     return Check(rule, set_name, measure, seen, passed, _sentence(rule, set_name, candidate, reference, seen))
 
 
+def _shows_what_was_kept(checks: Iterable[Check]) -> bool:
+    return any(check.set != NEW_TASK for check in checks)
+
+
 def _any_fall_will_do(rule: Rule, measure: str) -> bool:
     return (rule.kind, measure, rule.limit) == ("learned", "loss", 0)
 
@@ -146,36 +160,50 @@ def _sentence(rule: Rule, set_name: str, candidate: Score, reference: Score, see
     )
 
 
-def _praise(checks: tuple[Check, ...]) -> str:
-    gains = [check for check in checks if check.rule.kind == "learned"]
-    learned = "; ".join(f"learned {_change(check)} on {check.set}" for check in gains)
-    dropped = [(c.seen, c) for c in checks if c.rule.kind == "kept" and c.seen is not None]
-    if not dropped:
-        return f"{learned}; there is no retention set to compare"
-    # Measures have different units, so the largest is the one that used up most of its limit.
-    seen, worst = max(dropped, key=lambda one: one[0] / (one[1].rule.limit or TOLERANCE))
-    if seen <= TOLERANCE:
-        return f"{learned}; nothing dropped"
-    what = "largest drop" if worst.measure == "exact_match" else "largest rise of loss"
-    return f"{learned}; {what} {seen:.{_decimals(seen, worst.rule.limit)}f} on {worst.set}"
+def _praise(checks: Sequence[Check]) -> str:
+    (gain,) = (check for check in checks if check.rule.kind == "learned")
+    kept = [(check.seen, check) for check in checks if check.rule.kind == "kept" and check.seen is not None]
+    beyond = f", {_side(gain)}" if any(c.rule.against != gain.rule.against for _, c in kept) else ""
+    parts = [f"learned {_change(gain)} on {gain.set}{beyond}"]
+    if kept:
+        # Measures have different units, so the largest is the one that used up most of its limit.
+        seen, worst = max(kept, key=lambda one: one[0] / (one[1].rule.limit or TOLERANCE))
+        what = "largest drop" if worst.measure == "exact_match" else "largest rise of loss"
+        lost = f"{what} {seen:.{_decimals(seen, worst.rule.limit)}f} on {worst.set}, {_side(worst)}"
+        parts.append(lost if seen > TOLERANCE else f"nothing worse than the {worst.rule.against}")
+    if not _shows_what_was_kept(checks):
+        parts.append(UNSHOWN)
+    return "; ".join(parts)
 
 
-def _blame(checks: tuple[Check, ...]) -> str:
+def _blame(checks: Sequence[Check]) -> str:
     failed = [check for check in checks if not check.passed]
     broken = dict.fromkeys(check.set for check in failed if check.seen is None)
     parts = [f"scores not finite: {', '.join(broken)}"] if broken else []
-    for kind, says, limit_is in (("learned", "did not learn", "asked"), ("kept", "forgot", "allowed")):
+    for kind, says in (("learned", "did not learn"), ("kept", "forgot")):
         groups = []
         for measure in ("exact_match", "loss"):
             group = [c for c in failed if (c.rule.kind, c.measure) == (kind, measure) and c.seen is not None]
             if group:
-                changes = ", ".join(f"{check.set} {_change(check)}" for check in group)
-                rule = group[0].rule
-                limit = f"{rule.limit:.{_decimals(rule.limit, rule.limit)}f}"
-                groups.append(f"{changes} ({limit_is} {'any fall' if _any_fall_will_do(rule, measure) else limit})")
+                groups.append(f"{', '.join(f'{check.set} {_change(check)}' for check in group)} ({_limit(group[0])})")
         if groups:
             parts.append(f"{says}: {', '.join(groups)}")
+    if any(check.rule.kind == "shown" for check in failed):
+        parts.append(UNSHOWN)
     return "; ".join(parts)
+
+
+def _limit(check: Check) -> str:
+    """What the rule asks or allows, e.g. `allowed 0.05 below the champion`."""
+    limit = check.rule.limit
+    amount = "any fall" if _any_fall_will_do(check.rule, check.measure) else f"{limit:.{_decimals(limit, limit)}f}"
+    return f"{'asked' if check.rule.kind == 'learned' else 'allowed'} {amount} {_side(check)}"
+
+
+def _side(check: Check) -> str:
+    """Where the rule looks from its reference: gains of exact match and rises of loss are above it."""
+    above = (check.rule.kind == "learned") == (check.measure == "exact_match")
+    return f"{'above' if above else 'below'} the {check.rule.against}"
 
 
 def _change(check: Check) -> str:

@@ -60,8 +60,10 @@ def loss_curves(history: History) -> bytes:
             marker="o",
             markersize=4 if len(history.valid_steps) <= 40 else 0,
             label="held out",
+            clip_on=False,  # a marker on the edge is shown whole
         )
-        axes.set(title="Loss", xlabel="step", ylabel="nats per token", ylim=(0, None))
+        axes.set(title="Loss", xlabel="step", ylabel="nats per token")
+        axes.set_ylim(loss_limits([*history.loss, *history.valid_loss]))
         axes.set_xlim(min(history.steps) - 0.5, max(*history.steps, *history.valid_steps) + 0.5)
         _whole_numbers(axes.xaxis)
         axes.grid(axis="y", color=FAINT, linewidth=0.6)
@@ -92,7 +94,7 @@ def tier_updates(history: History, update_every: Sequence[int]) -> bytes:
         due.set_ylim(len(tiers) - 0.5, -0.5)
         due.tick_params(left=False)
         due.spines["left"].set_visible(False)
-        counts.set(title=f"Updates over all {len(steps)} steps", xlabel="step", ylim=(0, None))
+        counts.set(title="Updates over all steps", xlabel="step", ylim=(0, None))
         counts.set_xlim(steps[0] - 1, steps[-1])
         counts.grid(axis="y", color=FAINT, linewidth=0.6)
         for axis in (due.xaxis, counts.xaxis, counts.yaxis):
@@ -128,6 +130,14 @@ def retention_bars(scores: Scores, gate: GateConfig) -> bytes:
         handles = [handle_of[label] for label in order]
         figure.legend(handles, order, loc="outside lower center", ncols=len(order))
     return png.getvalue()
+
+
+def loss_limits(losses: Sequence[float]) -> tuple[float, float]:
+    """The ends of an axis that shows every finite loss: from 0 up where they fell by half, else close around them."""
+    finite = [loss for loss in losses if math.isfinite(loss)] or [0.0]
+    low, high = min(finite), max(finite)
+    air = max(0.06 * (high - low), 0.005 * high, 0.001)
+    return (0.0 if low <= high / 2 else low - air), high + air
 
 
 def _draw_set(axes: "Axes", place: int, name: str, titles: Mapping[str, str], scores: Scores, gate: GateConfig) -> None:

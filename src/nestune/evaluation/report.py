@@ -14,6 +14,7 @@ from nestune.evaluation.history import History
 from nestune.evaluation.scores import Scores, columns
 
 TEMPLATE = "report.html.j2"
+DECIMALS = 3  # of the scores in the table
 
 
 @dataclass(frozen=True)
@@ -119,18 +120,26 @@ def _table_row(report: Mapping[str, Any], set_name: str, titles: Mapping[str, st
         "measure": "exact match" if has_answers else "loss",
         "cells": [_cell(of_model[model], has_answers, sign="") for model in titles.values()],
         "change": _cell(differences, has_answers, sign="+"),
-        "passed": all(check["passed"] for check in report["checks"] if check["set"] == set_name),
+        "direction": _direction(differences, has_answers),
     }
 
 
 def _cell(numbers: Mapping[str, Any], has_answers: bool, sign: str) -> dict[str, str]:
     """What the set is judged by, in large, and the other number, in small."""
     shown = {
-        key: "–" if numbers[key] is None else format(numbers[key], f"{sign}z.3f").replace("-", "−")
+        key: "–" if numbers[key] is None else format(numbers[key], f"{sign}z.{DECIMALS}f").replace("-", "−")
         for key in ("exact_match", "loss")
     }
     judged, besides = (shown["exact_match"], shown["loss"]) if has_answers else (shown["loss"], "")
     return {"judged": judged, "besides": besides}
+
+
+def _direction(differences: Mapping[str, float | None], has_answers: bool) -> str:
+    """Whether the candidate is `better`, `worse` or `equal` by what the set is judged by, to the decimals shown."""
+    difference = round(differences["exact_match" if has_answers else "loss"] or 0.0, DECIMALS)
+    if difference == 0:
+        return "equal"
+    return "better" if (difference > 0) == has_answers else "worse"
 
 
 def _without(content: Mapping[str, Any], key: str) -> dict[str, Any]:

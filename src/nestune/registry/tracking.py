@@ -138,7 +138,7 @@ def resume_tracking(config: RunConfig, run: RunPaths) -> TrackedRun:
     """
     from mlflow.exceptions import MlflowException
 
-    noted = read_json(run.tracking, "Run nestune train first.")
+    noted = read_json(run.tracking, "Run nestune train first.", keys=["run_id", "tracking_uri"])
     client, uri = connect(config.registry), tracking_uri(config.registry)
     with speaking_to(uri):
         try:

@@ -73,6 +73,14 @@ def promote_version(registry: RegistryConfig, version: str, compared_with: str |
     return True
 
 
+def aliases_of(registry: RegistryConfig, version: str) -> tuple[str, ...]:
+    """The aliases that point at a version now."""
+    client = connect(registry)
+    with speaking_to(tracking_uri(registry)):
+        aliases = _aliases(client, registry.registered_model)
+    return tuple(sorted(alias for alias, points_at in aliases.items() if points_at == version))
+
+
 def champion(registry: RegistryConfig) -> Champion | None:
     """The version in use, or None while there is none."""
     client, uri, name = connect(registry), tracking_uri(registry), registry.registered_model
@@ -101,9 +109,10 @@ def resolve_adapter(reference: str, registry: RegistryConfig) -> Path:
     Raises ConfigError when there is no such folder, name, alias or version.
     """
     if not reference.startswith("models:/"):
-        if not Path(reference).is_dir():
+        folder = Path(reference).expanduser()
+        if not folder.is_dir():
             raise ConfigError(f"model.adapter is {reference!r}: no such folder. {FORMS}")
-        return Path(reference)
+        return folder
     _, name, version = pin_adapter(reference, registry).split("/")
     return _fetch(connect(registry), tracking_uri(registry), name, version)
 

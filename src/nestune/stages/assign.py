@@ -1,6 +1,6 @@
 """Stage tiers: divide the LoRA parameters among the tiers and write the map down."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nestune.backends.factory import make_backend
@@ -35,6 +35,12 @@ def assign(config: RunConfig, run: RunPaths) -> AssignResult:
     """Write `tiers.json` and a picture of it. Raises ConfigError when a tier would be empty."""
     parameters = make_backend(config).lora_parameters()
     tier_map = assign_tiers(parameters, config.tiers)
+    never = [
+        f"tier {k} never moves: its period {period} is longer than the {config.training.steps} steps"
+        for k, period in enumerate(config.tiers.update_every)
+        if period > config.training.steps
+    ]
+    tier_map = replace(tier_map, warnings=(*tier_map.warnings, *never))
     write_tier_map(tier_map, run.tiers)
     write_bytes(run.tiers_picture, plot_tier_map(parameters, tier_map))
     record_stage(run, "tiers", [run.config], [run.tiers, run.tiers_picture])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nestune.backends.adapters import METADATA, WEIGHTS
+from nestune.backends.adapters import CONFIG, METADATA, WEIGHTS
 from nestune.backends.base import Backend
 from nestune.backends.factory import make_backend
 from nestune.base_model import resolve_base
@@ -31,6 +31,10 @@ from nestune.runs import (
     write_json,
     write_text,
 )
+from nestune.training.checkpoints import check_trained
+
+SEAL = "sha256.json"
+EVALUATE_AGAIN = "Run nestune evaluate again."
 
 
 @dataclass(frozen=True)
@@ -76,14 +80,13 @@ def evaluate(config: RunConfig, run: RunPaths, backend: Backend | None = None) -
     champion was trained on another base.
     """
     candidate = run.checkpoints / config.evaluation.checkpoint
-    if not (candidate / WEIGHTS).is_file():
-        raise RunError(f"there is no adapter in {candidate}. Train it first: nestune train --name {config.name}")
+    check_trained(config, run)
     base = resolve_base(config.model)
     current = fitting_champion(config, base)
     folders = _adapter_folders(config, candidate, current)
     history = read_history(run.metrics)
     tokenizer = load_tokenizer(base.folder)
-    dataset = load_dataset(run.dataset, tokenizer, config.data.max_seq_length)
+    dataset = load_dataset(run.dataset, tokenizer, base.row_limit(config.data.max_seq_length))
     sets = {NEW_TASK: dataset.valid, **dataset.retention}
     backend = backend or make_backend(config)
     adapters = {model: sha256_file(folder / WEIGHTS) if folder else None for model, folder in folders.items()}
@@ -103,8 +106,29 @@ def evaluate(config: RunConfig, run: RunPaths, backend: Backend | None = None) -
     )
     with replaced_folder(run.evaluation) as folder:
         _write(evaluation, folder)
+        seal(folder, candidate)
     record_stage(run, "evaluate", inputs=[run.dataset, candidate, run.metrics], outputs=[run.evaluation])
     return EvaluateResult(verdict, evaluation.champion_version, scores, run.evaluation / "report.html")
+
+
+def seal(evaluation: Path, checkpoint: Path) -> None:
+    """Note the hashes of a report and of what it is about, so that `register` takes no other."""
+    files = {"report": evaluation / "report.json", **_sealed(checkpoint)}
+    write_json(evaluation / SEAL, {what: sha256_file(path) for what, path in files.items()})
+
+
+def check_seal(evaluation: Path, checkpoint: Path) -> None:
+    """Raise RunError when the report, or the checkpoint that it is about, is not as `evaluate` left it."""
+    noted = read_json(evaluation / SEAL, EVALUATE_AGAIN)
+    for what, path in {"report": evaluation / "report.json", **_sealed(checkpoint)}.items():
+        if not path.is_file():
+            raise RunError(f"there is no {path}. Run nestune train again.")
+        if noted.get(what) != sha256_file(path):
+            raise RunError(f"{path} has changed since the evaluation. {EVALUATE_AGAIN}")
+
+
+def _sealed(checkpoint: Path) -> dict[str, Path]:
+    return {name: checkpoint / name for name in (WEIGHTS, CONFIG, METADATA)}
 
 
 def _adapter_folders(config: RunConfig, candidate: Path, current: Champion | None) -> dict[str, Path | None]:

@@ -5,14 +5,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nestune.backends.adapters import METADATA, WEIGHTS
-from nestune.config import RunConfig
-from nestune.errors import RunError
+from nestune.backends.adapters import METADATA
+from nestune.config import RunConfig, dump_config
 from nestune.registry.tracking import TrackedRun, resume_tracking, start_tracking
-from nestune.registry.versions import CANDIDATE, CHAMPION, promote_version, register_version, tag_version
-from nestune.runs import RunPaths, read_json, record_stage, sha256_file, write_json
-
-REMEDY = "Run nestune evaluate again."
+from nestune.registry.versions import aliases_of, promote_version, register_version, tag_version
+from nestune.runs import RunPaths, read_json, record_stage, write_json, write_text
+from nestune.stages.evaluate import EVALUATE_AGAIN, check_seal
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class RegisterResult:
         """The result for a person."""
         look = f", once this runs: {self.open_with}" if self.open_with else ""
         return [
-            f"{self.model} version {self.version}, {' and '.join(self.aliases)}",
+            f"{self.model} version {self.version}, {' and '.join(self.aliases) or 'without an alias'}",
             f"gate {self.gate}: {self.reason}",
             f"page: {self.page}{look}",
         ]
@@ -56,7 +54,8 @@ def register(config: RunConfig, run: RunPaths) -> RegisterResult:
     """
     checkpoint = run.checkpoints / config.evaluation.checkpoint
     report = read_json(run.evaluation / "report.json", "Run nestune evaluate first.")
-    _check_fresh(run, checkpoint, report)
+    check_seal(run.evaluation, checkpoint)
+    write_text(run.config, dump_config(config))
     lineage = _lineage(run, checkpoint, report)
     if not run.tracking.exists():  # trained on another machine, say
         start_tracking(config, run, lineage).finish()
@@ -70,7 +69,7 @@ def register(config: RunConfig, run: RunPaths) -> RegisterResult:
     promoted = gate == "passed" and promote_version(config.registry, version, report["champion_version"])
     if gate == "passed" and not promoted:
         compared = f"version {report['champion_version']}" if report["champion_version"] else "none"
-        gate, reason = "outdated", f"the champion is no longer the one compared with ({compared}). {REMEDY}"
+        gate, reason = "outdated", f"the champion is no longer the one compared with ({compared}). {EVALUATE_AGAIN}"
     outcome = {"gate": gate, "gate_reason": reason}
     tag_version(config.registry, version, outcome)
     tracked.set_tags(outcome | {"version": version})
@@ -78,7 +77,7 @@ def register(config: RunConfig, run: RunPaths) -> RegisterResult:
     result = RegisterResult(
         model=config.registry.registered_model,
         version=version,
-        aliases=(CANDIDATE, CHAMPION) if promoted else (CANDIDATE,),
+        aliases=aliases_of(config.registry, version),
         promoted=promoted,
         gate=gate,
         reason=reason,
@@ -92,27 +91,10 @@ def register(config: RunConfig, run: RunPaths) -> RegisterResult:
     return result
 
 
-def _check_fresh(run: RunPaths, checkpoint: Path, report: Mapping[str, Any]) -> None:
-    """Refuse a report of another adapter than the checkpoint's, and one that `evaluate` did not write."""
-    weights = checkpoint / WEIGHTS
-    if not weights.is_file():
-        raise RunError(f"there is no {weights}. Run nestune train first.")
-    evaluated = report["adapters"]["candidate"]
-    if evaluated != sha256_file(weights):
-        raise RunError(f"{weights} has changed since it was evaluated (sha256 was {evaluated[:12]}). {REMEDY}")
-    if not run.manifest.exists():
-        return
-    stage = read_json(run.manifest, REMEDY).get("evaluate", {"inputs": {}, "outputs": {}})
-    recorded = stage["inputs"] | stage["outputs"]
-    for path in (run.evaluation / "report.json", checkpoint / METADATA):
-        if path.as_posix() in recorded and recorded[path.as_posix()] != sha256_file(path):
-            raise RunError(f"{path} has changed since the evaluation. {REMEDY}")
-
-
 def _lineage(run: RunPaths, checkpoint: Path, report: Mapping[str, Any]) -> dict[str, str]:
     """What the adapter was made of, by content hash."""
-    metadata = read_json(checkpoint / METADATA, "Run nestune train again.")
-    tier_map = read_json(run.tiers, "Run nestune tiers again.")
+    metadata = read_json(checkpoint / METADATA, "Run nestune train again.", keys=["base"])
+    tier_map = read_json(run.tiers, "Run nestune tiers again.", keys=["sha256"])
     return {
         "base": str(metadata["base"]["reference"]),
         "base_sha256": str(metadata["base"]["sha256"]),

@@ -1,11 +1,10 @@
 """Stage train: from the validated dataset and the tier map to checkpoints."""
 
-import shutil
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from nestune.backends.adapters import WEIGHTS
-from nestune.backends.factory import make_backend
+from nestune.backends.factory import check_backend, make_backend
 from nestune.base_model import resolve_base
 from nestune.config import RunConfig, dump_config
 from nestune.data.batches import evaluation_batches, training_steps
@@ -13,7 +12,7 @@ from nestune.data.dataset import load_dataset
 from nestune.data.tokens import load_tokenizer
 from nestune.registry.tracking import TrackedRun, tracked_run
 from nestune.registry.versions import fitting_champion, resolve_adapter
-from nestune.runs import RunPaths, record_stage, sha256_file, write_text
+from nestune.runs import RunPaths, kept_until_replaced, record_stage, sha256_file, write_text
 from nestune.tiers.schedule import TierSchedule
 from nestune.tiers.tier_map import read_tier_map
 from nestune.training.checkpoints import Checkpoints, refuse_other_checkpoints
@@ -45,19 +44,31 @@ class TrainResult:
         ]
 
 
-def train(config: RunConfig, run: RunPaths, overwrite: bool = False) -> TrainResult:
-    """Train the adapter and write checkpoints and metrics.
+def check_before_training(config: RunConfig, run: RunPaths, overwrite: bool = False) -> None:
+    """Find out now what would else stop the run after hours of training.
 
-    Raises RunError when the run already holds checkpoints of another configuration and `overwrite` is false,
-    when an earlier stage is missing or its files have changed, or when training diverges.
+    Raises ConfigError when the run's folder holds checkpoints of another configuration and `overwrite` is false,
+    when the backend is not there, when the parent adapter does not exist, or when the champion is of another base
+    or rank; ServiceError when the tracking server does not answer.
     """
     if not overwrite:
         refuse_other_checkpoints(config, run)
+    check_backend(config)
+    if config.model.adapter is not None:
+        resolve_adapter(config.model.adapter, config.registry)
+    fitting_champion(config, resolve_base(config.model))
+
+
+def train(config: RunConfig, run: RunPaths, overwrite: bool = False) -> TrainResult:
+    """Train the adapter and write checkpoints and metrics.
+
+    Earlier checkpoints stay until the new ones are complete. Raises what `check_before_training` raises, and
+    RunError when an earlier stage is missing or its files have changed, or when training diverges.
+    """
+    check_before_training(config, run, overwrite)
     base = resolve_base(config.model)
-    # Found out now and not after hours of training: a server that is down, a champion that cannot be compared with.
-    fitting_champion(config, base)
     tokenizer = load_tokenizer(base.folder)
-    dataset = load_dataset(run.dataset, tokenizer, config.data.max_seq_length)
+    dataset = load_dataset(run.dataset, tokenizer, base.row_limit(config.data.max_seq_length))
     backend = make_backend(config)
     tier_map = read_tier_map(run.tiers, backend.lora_parameters(), config.tiers)
     if config.model.adapter is not None:
@@ -68,13 +79,15 @@ def train(config: RunConfig, run: RunPaths, overwrite: bool = False) -> TrainRes
     steps = training_steps(dataset.train, config.training, pad_id, dataset.replay, replay_rows)
     valid = list(evaluation_batches(dataset.valid, config.evaluation.batch_size, pad_id))
 
-    shutil.rmtree(run.checkpoints, ignore_errors=True)
-    shutil.rmtree(run.metrics, ignore_errors=True)
     write_text(run.config, dump_config(config))
     checkpoints = Checkpoints(run.checkpoints, backend, base, config)
     schedule = TierSchedule(config.tiers.update_every)
     tags = {"base_sha256": base.sha256, "dataset_sha256": dataset.sha256, "tier_map_sha256": tier_map.sha256}
-    with tracked_run(config, run, tags) as tracked, ProgressBar(config.training.steps) as bar:
+    with (
+        kept_until_replaced(run.checkpoints, run.metrics, run.tracking),
+        tracked_run(config, run, tags) as tracked,
+        ProgressBar(config.training.steps) as bar,
+    ):
         listeners: list[Listener] = [bar, _Tracker(tracked)]
         with Recorder(run.metrics, len(config.tiers.update_every), listeners) as recorder:
             best = run_training(backend, schedule, steps, valid, config.training, recorder, checkpoints)

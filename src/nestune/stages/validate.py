@@ -43,7 +43,8 @@ def validate(config: RunConfig, run: RunPaths) -> ValidateResult:
     Raises DataError with every fault of the data, ConfigError when the base model does not suit it.
     """
     base = resolve_base(config.model)
-    report = build_dataset(config.data, config.retention.replay, load_tokenizer(base.folder), run.dataset)
+    data = config.data.model_copy(update={"max_seq_length": base.row_limit(config.data.max_seq_length)})
+    report = build_dataset(data, config.retention.replay, load_tokenizer(base.folder), run.dataset)
     write_text(run.config, dump_config(config))
     tokenizer_files = [*base.folder.glob("tokenizer*"), *base.folder.glob("*.jinja")]
     record_stage(

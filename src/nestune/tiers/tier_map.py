@@ -91,6 +91,8 @@ def read_tier_map(path: Path, parameters: Sequence[LoraParameter], tiers: TierCo
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RunError(f"{path} is not a tier map: {type(error).__name__} {error}. {remedy}") from None
+    if content.get("sha256") != tier_map.sha256:
+        raise RunError(f"{path} was changed by hand; to choose tiers yourself, use tiers.strategy manual. {remedy}")
     if tier_map.update_every != tiers.update_every or tier_map.strategy != tiers.strategy:
         raise RunError(
             f"{path} was made with strategy {tier_map.strategy} and periods {list(tier_map.update_every)}; the "

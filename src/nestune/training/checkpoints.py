@@ -10,7 +10,7 @@ from nestune.backends.adapters import METADATA
 from nestune.backends.base import Backend
 from nestune.base_model import BaseModel
 from nestune.config import RunConfig
-from nestune.errors import RunError
+from nestune.errors import ConfigError, RunError
 from nestune.runs import RunPaths, read_json, replaced_folder, write_json
 
 PERIODIC = "checkpoint_"
@@ -57,15 +57,38 @@ class Checkpoints:
 
 
 def refuse_other_checkpoints(config: RunConfig, run: RunPaths) -> None:
-    """Raise RunError when the run's folder holds checkpoints that another configuration trained."""
+    """Raise ConfigError when the run's folder holds checkpoints that another configuration trained."""
+    for name in ("final", "best"):
+        metadata = run.checkpoints / name / METADATA
+        differing = _differing_blocks(metadata, config) if metadata.exists() else []
+        if differing:
+            raise ConfigError(
+                f"{run.checkpoints} holds an adapter trained with another configuration (blocks {differing} differ). "
+                "Pass --overwrite to replace it, or another --name to keep it."
+            )
+
+
+def check_trained(config: RunConfig, run: RunPaths) -> None:
+    """Raise RunError unless the run's folder holds a training that went to its end with this configuration."""
     metadata = run.checkpoints / "final" / METADATA
+    train = f"Run nestune train --name {config.name}"
     if not metadata.exists():
-        return
-    trained = read_json(metadata, "Pass --overwrite to train anew.")["config"]
-    wanted = config.model_dump(mode="json")
-    differing = [block for block in SHAPES_TRAINING if trained.get(block) != wanted[block]]
+        raise RunError(f"there is no {metadata.parent}: training has not been run, or not to its end. {train}.")
+    differing = _differing_blocks(metadata, config)
     if differing:
         raise RunError(
-            f"{run.checkpoints} holds an adapter trained with another configuration (blocks {', '.join(differing)} "
-            "differ). Pass --overwrite to replace it, or another --name to keep it."
+            f"{run.checkpoints} was trained with another configuration (blocks {differing} differ). {train} "
+            "--overwrite, or use the configuration it was trained with."
         )
+
+
+def _differing_blocks(metadata: Path, config: RunConfig) -> str:
+    """The names of the blocks that shape training and differ, empty when none does.
+
+    Retention sets are only measured, so that more may be named after training.
+    """
+    trained = read_json(metadata, "Train again with --overwrite.", keys=["config"])["config"]
+    wanted = config.model_dump(mode="json")
+    for content in (trained, wanted):
+        content.get("data", {}).pop("retention", None)
+    return ", ".join(block for block in SHAPES_TRAINING if trained.get(block) != wanted[block])

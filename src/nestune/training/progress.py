@@ -1,5 +1,6 @@
 """The progress of training for a person: a bar on a terminal, some plain lines elsewhere."""
 
+import time
 from types import TracebackType
 from typing import Any
 
@@ -15,12 +16,14 @@ class ProgressBar:
     def __init__(self, steps: int) -> None:
         self._steps = steps
         self._valid_loss = ""
+        self._began = time.monotonic()
         self._console = Console(stderr=True)
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
         self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
         self._task = self._bar.add_task("training", total=steps)
 
     def __enter__(self) -> "ProgressBar":
+        self._began = time.monotonic()
         self._bar.start()
         return self
 
@@ -36,7 +39,8 @@ class ProgressBar:
         self._bar.update(self._task, completed=line["step"], description=text)
         every = max(1, self._steps // PLAIN_LINES)
         if not self._console.is_terminal and line["step"] % every == 0:
-            self._console.print(f"step {line['step']}/{self._steps} · {text}", highlight=False)
+            left_s = (self._steps - line["step"]) * (time.monotonic() - self._began) / line["step"]
+            self._console.print(f"step {line['step']}/{self._steps} · {text} · {left_s:.0f} s left", highlight=False)
 
     def on_validation(self, line: dict[str, Any]) -> None:
         """Show the validation loss from now on."""

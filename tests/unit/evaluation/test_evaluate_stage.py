@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,7 +96,8 @@ def run(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunPaths
             recorder.step(step, backend.train_step(next(steps), due, 0.02), due, 0.02)
         valid = backend.loss(evaluation_batches(dataset.valid, 4, tokenizer.pad_token_id))
         recorder.validation(STEPS, valid, best=True)
-        Checkpoints(run.checkpoints, backend, base, config).save("best", STEPS, valid.mean, recorder.update_counts)
+        for name in ("best", "final"):
+            Checkpoints(run.checkpoints, backend, base, config).save(name, STEPS, valid.mean, recorder.update_counts)
     return run
 
 
@@ -115,6 +117,14 @@ def champion(config: RunConfig, run: RunPaths) -> Iterator[str]:
     client.delete_registered_model_alias(config.registry.registered_model, "champion")
 
 
+def as_trained_with(config: RunConfig, run: RunPaths, copy: Path) -> RunPaths:
+    """A copy of the run whose checkpoints say that this configuration trained them."""
+    shutil.copytree(run.root, copy)
+    for metadata in RunPaths(copy).checkpoints.glob("*/metadata.json"):
+        write_json(metadata, {**json.loads(metadata.read_text()), "config": config.model_dump(mode="json")})
+    return RunPaths(copy)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -124,7 +134,7 @@ def test_every_set_is_scored_for_every_model_and_the_files_say_the_same(
 ) -> None:
     result = evaluate(config, run, backend)
     assert set(contents(run.evaluation)) == {
-        *("report.json", "metrics.json", "report.html", "loss.png", "tiers.png", "retention.png"),
+        *("report.json", "metrics.json", "report.html", "sha256.json", "loss.png", "tiers.png", "retention.png"),
         *("plots/train_loss.csv", "plots/valid_loss.csv", "plots/retention.csv"),
     }
     assert list(result.scores) == ["base", "parent", "candidate"]
@@ -142,7 +152,7 @@ def test_every_set_is_scored_for_every_model_and_the_files_say_the_same(
 
 
 def test_an_adapter_is_scored_once_however_many_models_it_is(
-    config: RunConfig, run: RunPaths, backend: Counting, champion: str
+    config: RunConfig, run: RunPaths, backend: Counting, champion: str, tmp_path: Path
 ) -> None:
     candidate = run.checkpoints / "best"
     result = evaluate(config, run, backend)
@@ -151,7 +161,7 @@ def test_an_adapter_is_scored_once_however_many_models_it_is(
     assert result.scores["base"] == result.scores["parent"]
     assert result.scores["champion"] == result.scores["candidate"]
     from_itself = config.model_copy(update={"model": config.model.model_copy(update={"adapter": str(candidate)})})
-    again = evaluate(from_itself, run, backend)
+    again = evaluate(from_itself, as_trained_with(from_itself, run, tmp_path / "copy"), backend)
     assert len(backend.loaded) == 4
     assert again.scores["parent"] == again.scores["candidate"] != again.scores["base"]
     assert again.verdict.reason.startswith("did not learn: new_task +0.00")
@@ -175,7 +185,7 @@ def test_a_champion_on_another_base_is_an_error_that_names_the_remedy(
     (other / "config.json").write_text((tiny_base / "config.json").read_text() + "\n")
     on_other = config.model_copy(update={"model": config.model.model_copy(update={"base": str(other)})})
     with pytest.raises(ConfigError, match=f"version {champion}, cannot be compared.*trained on.*registered_model"):
-        evaluate(on_other, run)
+        evaluate(on_other, as_trained_with(on_other, run, tmp_path / "copy"))
 
 
 def test_the_same_inputs_give_the_same_bytes(config: RunConfig, run: RunPaths) -> None:

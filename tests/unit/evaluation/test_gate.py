@@ -14,6 +14,7 @@ from nestune.evaluation.gate import decide, lowest_passing
 from nestune.evaluation.scores import Score
 
 GATE = GateConfig(min_gain=0.05, min_loss_gain=0.0, max_drop=0.05, max_loss_rise=0.1)
+LENIENT = GATE.model_copy(update={"require_retention": False})
 rates = st.integers(0, 200).map(lambda right: right / 200)
 losses = st.floats(0, 20)
 
@@ -39,7 +40,7 @@ def test_a_candidate_that_learned_and_kept_passes() -> None:
     verdict = decide(scores(LEARNED, general={"parent": answered(0.99), "candidate": answered(0.97)}), GATE)
     assert verdict.passed
     assert verdict.compared_with == "parent"
-    assert verdict.reason == "learned +0.94 on new_task; largest drop 0.02 on general"
+    assert verdict.reason == "learned +0.94 on new_task; largest drop 0.02 on general, below the parent"
 
 
 def test_a_candidate_that_forgot_is_refused_with_every_set_named() -> None:
@@ -53,7 +54,7 @@ def test_a_candidate_that_forgot_is_refused_with_every_set_named() -> None:
         GATE,
     )
     assert not verdict.passed
-    assert verdict.reason == "forgot: covered -0.41, skill -0.12 (allowed 0.05)"
+    assert verdict.reason == "forgot: covered -0.41, skill -0.12 (allowed 0.05 below the parent)"
     failed = [check.set for check in verdict.checks if not check.passed]
     assert failed == ["covered", "skill"]
     assert verdict.checks[1].sentence == (
@@ -71,8 +72,8 @@ def test_one_reason_names_all_that_failed_in_the_unit_of_each() -> None:
         GATE,
     )
     assert verdict.reason == (
-        "did not learn: new_task +0.01 (asked 0.05); "
-        "forgot: general -0.41 (allowed 0.05), prose loss +0.30 (allowed 0.10)"
+        "did not learn: new_task +0.01 (asked 0.05 above the parent); "
+        "forgot: general -0.41 (allowed 0.05 below the parent), prose loss +0.30 (allowed 0.10 above the parent)"
     )
 
 
@@ -88,7 +89,7 @@ def test_a_drop_of_exactly_the_limit_passes_and_one_more_wrong_answer_fails(star
 
 @given(start=st.integers(0, 200), gain=st.integers(1, 200))
 def test_a_gain_of_exactly_the_minimum_is_learned_and_one_right_answer_less_is_not(start: int, gain: int) -> None:
-    gate = GATE.model_copy(update={"min_gain": gain / 200})
+    gate = LENIENT.model_copy(update={"min_gain": gain / 200})
     for less, passes in ((0, True), (1, False)):
         now = start + gain - less
         if now <= 200:
@@ -101,14 +102,14 @@ def test_a_gain_of_exactly_the_minimum_is_learned_and_one_right_answer_less_is_n
     [(0.0, 0.0, False), (1e-6, 0.0, True), (-0.1, 0.0, False), (0.25, 0.25, True), (0.24, 0.25, False)],
 )
 def test_a_new_task_without_answers_is_learned_when_its_loss_falls(fall: float, asked: float, passes: bool) -> None:
-    gate = GATE.model_copy(update={"min_loss_gain": asked})
+    gate = LENIENT.model_copy(update={"min_loss_gain": asked})
     pair = {"parent": text(2.0), "candidate": text(2.0 - fall)}
     assert decide(scores(pair), gate).passed is passes
 
 
 def test_a_loss_that_did_not_fall_is_said_to_be_asked_for_any_fall() -> None:
-    verdict = decide(scores({"parent": text(2.0), "candidate": text(2.0)}), GATE)
-    assert verdict.reason == "did not learn: new_task loss +0.00 (asked any fall)"
+    verdict = decide(scores({"parent": text(2.0), "candidate": text(2.0)}), LENIENT)
+    assert verdict.reason == "did not learn: new_task loss +0.00 (asked any fall below the parent)"
     assert verdict.checks[0].sentence == "new_task: loss 2.00, equal to the parent's 2.00; any fall is asked"
 
 
@@ -133,11 +134,55 @@ def test_learning_is_measured_against_the_parent_and_keeping_against_the_champio
         ("kept", "new_task", "champion", False),
         ("kept", "general", "champion", True),
     ]
-    assert verdict.reason == "forgot: new_task -0.10 (allowed 0.05)"
+    assert verdict.reason == "forgot: new_task -0.10 (allowed 0.05 below the champion)"
+
+
+def test_the_reason_says_against_whom_it_was_learned_and_kept() -> None:
+    new_task = {"parent": answered(0.1), "champion": answered(0.4), "candidate": answered(0.5)}
+    for now, lost in (
+        (0.8, "nothing worse than the champion"),
+        (0.75, "largest rise of loss 0.05 on prose, above the champion"),
+    ):
+        prose = {"parent": text(0.9), "champion": text(0.8), "candidate": text(1.6 - now)}
+        verdict = decide(scores(new_task, prose=prose), GATE)
+        assert verdict.reason == f"learned +0.40 on new_task, above the parent; {lost}"
 
 
 def test_without_a_champion_the_new_task_need_only_be_learned() -> None:
-    assert [check.rule.kind for check in decide(scores(LEARNED), GATE).checks] == ["learned"]
+    assert [check.rule.kind for check in decide(scores(LEARNED), LENIENT).checks] == ["learned"]
+
+
+@pytest.mark.parametrize("with_champion", [False, True])
+def test_a_candidate_passes_without_a_retention_set_only_where_none_is_required(with_champion: bool) -> None:
+    new_task = LEARNED | ({"champion": answered(0.9)} if with_champion else {})
+    refused = decide(scores(new_task), GATE)
+    assert not refused.passed
+    assert refused.reason == "no retention set shows what was kept"
+    (failed,) = [check for check in refused.checks if not check.passed]
+    assert failed.sentence == (
+        "no retention set: nothing shows what was kept; "
+        "name some in data.retention, or set gate.require_retention=false"
+    )
+    passed = decide(scores(new_task), LENIENT)
+    assert passed.passed
+    assert passed.reason == (
+        "learned +0.94 on new_task, above the parent; nothing worse than the champion; "
+        "no retention set shows what was kept"
+        if with_champion
+        else "learned +0.94 on new_task; no retention set shows what was kept"
+    )
+
+
+def test_a_retention_set_is_required_unless_the_configuration_says_otherwise() -> None:
+    assert not decide(scores(LEARNED), GateConfig()).passed
+    assert decide(scores(LEARNED, general={"parent": answered(0.9), "candidate": answered(0.9)}), GateConfig()).passed
+
+
+@pytest.mark.parametrize(("fall", "passes"), [(0.001, False), (0.0099, False), (0.01, True)])
+def test_a_loss_that_fell_by_next_to_nothing_is_nothing_learned(fall: float, passes: bool) -> None:
+    kept = {"parent": answered(0.9), "candidate": answered(0.9)}
+    verdict = decide(scores({"parent": text(2.0), "candidate": text(2.0 - fall)}, general=kept), GateConfig())
+    assert verdict.passed is passes
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
@@ -179,7 +224,7 @@ def test_scores_on_different_rows_are_an_error() -> None:
 def test_figures_have_the_decimals_it_takes_to_tell_them_from_the_limit() -> None:
     pair = {"parent": answered(0.99), "candidate": answered(0.9351)}
     verdict = decide(scores(LEARNED, general=pair), GATE)
-    assert verdict.reason == "forgot: general -0.055 (allowed 0.05)"
+    assert verdict.reason == "forgot: general -0.055 (allowed 0.05 below the parent)"
     close = {"parent": answered(0.99), "candidate": answered(0.9399)}
     (sentence,) = [c.sentence for c in decide(scores(LEARNED, general=close), GATE).checks if c.set == "general"]
     assert sentence == (

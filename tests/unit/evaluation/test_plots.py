@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nestune.config import GateConfig
 from nestune.evaluation.history import History
-from nestune.evaluation.plots import loss_curves, retention_bars, tier_updates
+from nestune.evaluation.plots import loss_curves, loss_limits, retention_bars, tier_updates
 from nestune.evaluation.scores import Score, Scores
 
 
@@ -70,6 +72,26 @@ def test_runs_of_any_length_and_number_of_tiers_are_drawn(n_steps: int, update_e
 
 def test_a_single_step_has_loss_curves() -> None:
     assert chunks(loss_curves(history(1)))[-1] == b"IEND"
+
+
+@given(st.lists(st.floats(0, 100), min_size=1))
+def test_every_loss_is_inside_the_limits_of_its_axis(losses: list[float]) -> None:
+    low, high = loss_limits(losses)
+    assert low <= min(losses) <= max(losses) < high
+
+
+def test_a_loss_that_hardly_moves_fills_its_axis_and_one_that_falls_by_half_starts_at_zero() -> None:
+    low, high = loss_limits([11.0, 11.3, 10.7])
+    assert high - low < 2 * (11.3 - 10.7)
+    assert loss_limits([4.0, 2.0])[0] == 0
+    assert loss_limits([4.0, 2.1])[0] > 0
+
+
+def test_losses_that_are_not_finite_do_not_move_the_limits() -> None:
+    nan, inf = float("nan"), float("inf")
+    assert loss_limits([nan, 3.0, inf, 1.0]) == loss_limits([3.0, 1.0])
+    low, high = loss_limits([nan])
+    assert low < high
 
 
 def test_a_loss_that_is_not_finite_can_be_drawn() -> None:

@@ -26,7 +26,7 @@ def evaluation(candidate: dict[str, Score], champion: dict[str, Score] | None = 
     scores |= {"candidate": candidate}
     return Evaluation(
         config=CONFIG,
-        base=BaseModel("base", None, Path("/elsewhere/base"), "b" * 64),
+        base=BaseModel("base", None, Path("/elsewhere/base"), "b" * 64, positions=None),
         dataset_sha256="d" * 64,
         rows={"train": 90, "new_task": 10, "general": 20, "prose": 5},
         history=HISTORY,
@@ -45,7 +45,7 @@ FORGOT = {**LEARNED, "general": Score(2.0, 80, 0.4, 20)}
 def test_the_report_is_json_and_holds_the_verdict_and_what_it_rests_on() -> None:
     report = json.loads(json.dumps(build_report(evaluation(FORGOT)), allow_nan=False))
     assert report["passed"] is False
-    assert report["reason"] == "forgot: general -0.60 (allowed 0.05)"
+    assert report["reason"] == "forgot: general -0.60 (allowed 0.05 below the parent)"
     assert report["champion_version"] is None
     assert report["scores"]["candidate"]["general"] == {"loss": 2.0, "tokens": 80, "exact_match": 0.4, "answers": 20}
     assert set(report["scores"]) == {"base", "parent", "candidate"}
@@ -97,6 +97,29 @@ def test_the_page_says_the_verdict_and_every_check(
     assert all(check["sentence"] in page for check in report["checks"])
     assert ("Passed the gate" in page) is (candidate is LEARNED)
     assert ("the champion, version 7" in page) is (champion is not None)
+
+
+def test_the_page_colours_a_change_by_whether_it_is_for_the_better() -> None:
+    """By the measure of the set, whether or not the gate allows it."""
+    changes = {
+        "general": {1.0: "equal", 0.99: "worse", 0.9: "worse"},
+        "prose": {1.0: "equal", 1.00001: "equal", 1.05: "worse", 0.95: "better"},
+    }
+    for name, directions in changes.items():
+        for value, direction in directions.items():
+            before = UNTRAINED[name]
+            now = replace(before, loss=value) if name == "prose" else replace(before, exact_match=value)
+            page = render_html(build_report(evaluation({**LEARNED, name: now})), IMAGES)
+            (row,) = re.findall(rf'<th scope="row">{name}<.*?</tr>', page, flags=re.DOTALL)
+            assert re.findall(r'class="number (\w+)"', row) == [direction]
+
+
+def test_rows_are_counted_in_words_that_fit() -> None:
+    counted = replace(evaluation(LEARNED), rows={"train": 1, "new_task": 1, "general": 2, "prose": 1})
+    page = render_html(build_report(counted), IMAGES)
+    assert re.findall(r"(\d rows?), by", page) == ["1 row", "2 rows", "1 row"]
+    assert "train 1, new_task 1, general 2, prose 1<" in page
+    assert "1 rows" not in page
 
 
 def test_the_page_loads_nothing() -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nestune.runs import RunPaths, record_stage, sha256_file, write_json, write_text
+from nestune.stages.evaluate import seal
 
 EvaluatedRun = Callable[..., RunPaths]
 
@@ -31,6 +32,7 @@ def write_evaluated_run(
         "dataset": {"sha256": "data-hash"},
     }
     write_json(run.evaluation / "report.json", report)
+    seal(run.evaluation, checkpoint)
     record_stage(run, "evaluate", [checkpoint], [run.evaluation])
 
 

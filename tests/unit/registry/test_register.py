@@ -11,7 +11,8 @@ from nestune.errors import RunError
 from nestune.registry.connection import connect
 from nestune.registry.tracking import start_tracking
 from nestune.registry.versions import champion, promote_version
-from nestune.runs import RunPaths, read_json, record_stage, sha256_file, write_json
+from nestune.runs import RunPaths, read_json, sha256_file, write_json
+from nestune.stages.evaluate import seal
 from nestune.stages.register import register
 
 
@@ -59,7 +60,7 @@ def test_a_candidate_whose_champion_changed_meanwhile_is_not_promoted_but_told_t
     assert champion_version(config) == fast.version
 
     edit_report(slow, champion_version=fast.version)
-    record_stage(slow, "evaluate", [slow.checkpoints / "best"], [slow.evaluation])
+    seal(slow.evaluation, slow.checkpoints / "best")
     again = register(config, slow)
     assert (again.version, again.promoted, again.gate) == (result.version, True, "passed")
     assert champion_version(config) == again.version

@@ -137,6 +137,14 @@ def test_a_map_made_for_something_else_is_refused(
         read_tier_map(tmp_path / "tiers.json", changed, config)
 
 
+def test_a_map_changed_by_hand_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "tiers.json"
+    write_tier_map(assign_tiers(parameters(6), TierConfig()), path)
+    path.write_text(path.read_text().replace('q_proj.lora_a": 2', 'q_proj.lora_a": 0', 1))
+    with pytest.raises(RunError, match=r"changed by hand.*strategy manual"):
+        read_tier_map(path, parameters(6), TierConfig())
+
+
 def test_a_missing_map_tells_the_command_that_makes_it(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="Run nestune tiers"):
         read_tier_map(tmp_path / "tiers.json", parameters(6), TierConfig())
