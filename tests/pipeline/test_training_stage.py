@@ -1,0 +1,67 @@
+"""What the training stage leaves, beyond the published run: early stopping, checkpoints, parents, replay."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from tests.pipeline.conftest import Configured
+
+from nestune import cli
+
+RUN = Path("runs/demo-nestune")
+
+
+def train(path: Path, *overrides: str, name: str = "demo-nestune") -> None:
+    flags = [flag for override in overrides for flag in ("--set", override)]
+    for command in ("validate", "tiers", "train"):
+        overwrite = ["--overwrite"] if command == "train" else []
+        assert cli.main([command, "--config", str(path), "--name", name, *flags, *overwrite]) == 0
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_early_stopping_ends_training_after_patience_validations_without_improvement(configured: Configured) -> None:
+    # No fall of the loss is ever as large as min_delta, so only the first validation counts as an improvement.
+    stopping = {"patience": 2, "min_delta": 100.0}
+    train(configured(training={"steps": 50, "eval_every": 2, "early_stopping": stopping}))
+    assert [line["step"] for line in lines(RUN / "metrics" / "eval_metrics.jsonl")] == [2, 4, 6]
+    assert len(lines(RUN / "metrics" / "train_metrics.jsonl")) == 6
+    assert json.loads((RUN / "checkpoints" / "final" / "metadata.json").read_text())["step"] == 6
+
+
+def test_only_the_last_periodic_checkpoints_are_kept(configured: Configured) -> None:
+    train(configured(training={"steps": 8, "checkpoint_every": 2, "keep_last": 2}))
+    kept = sorted(folder.name for folder in (RUN / "checkpoints").glob("checkpoint_*"))
+    assert kept == ["checkpoint_0000006", "checkpoint_0000008"]
+
+
+def test_training_starts_from_the_parent_adapter(configured: Configured) -> None:
+    path = configured()
+    train(path)
+    parent = load_file(RUN / "checkpoints" / "final" / "adapter_model.safetensors")
+    hardly = ["training.optimizer=sgd", "training.learning_rate=1e-12", "training.steps=1"]
+    train(path, *hardly, f"model.adapter={RUN}/checkpoints/final", name="child")
+    child = load_file(Path("runs/child/checkpoints/final/adapter_model.safetensors"))
+    assert child.keys() == parent.keys()
+    for key, value in parent.items():
+        np.testing.assert_allclose(child[key], value, atol=1e-9)
+    assert any(np.abs(value).max() > 0 for key, value in parent.items() if "lora_B" in key)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_replayed_rows_join_every_step(configured: Configured, accumulation: int) -> None:
+    path = configured(training={"steps": 6, "eval_every": None, "gradient_accumulation_steps": accumulation})
+
+    def tokens_of_steps(*overrides: str) -> list[int]:
+        train(path, *overrides)
+        return [line["tokens"] for line in lines(RUN / "metrics" / "train_metrics.jsonl")]
+
+    with_replay = tokens_of_steps()
+    without = tokens_of_steps("retention.replay.files=[]")
+    # 16 replayed rows bring at least one supervised token each.
+    assert all(more >= fewer + 16 for more, fewer in zip(with_replay, without, strict=True))
