@@ -127,6 +127,16 @@ def test_a_stage_whose_input_is_missing_names_the_stage_that_makes_it(
     assert "Traceback" not in error
 
 
+def test_a_dataset_made_of_other_data_is_not_trained_on(
+    configured: Configured, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = configured()
+    for command in ("validate", "tiers"):
+        assert cli.main([command, "--config", str(path)]) == 0
+    assert cli.main(["train", "--config", str(path), "--set", "data.valid=data/new_style/valid.jsonl"]) == 1
+    assert "made with other settings (valid differ). Run nestune validate again." in capsys.readouterr().err
+
+
 def test_help_needs_no_framework() -> None:
     program = (
         "import sys; from nestune import cli\n"

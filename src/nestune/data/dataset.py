@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from nestune.config import DataConfig, ReplayConfig
 from nestune.data.records import read_records
+from nestune.data.report import settings_of
 from nestune.data.tokens import Row, Tokenizer, encode_all
 from nestune.errors import Fault, RunError
 from nestune.runs import read_json, sha256_file
@@ -20,6 +22,15 @@ class Dataset:
     retention: dict[str, list[Row]]
     replay: list[list[Row]]
     sha256: str
+
+
+def check_settings(folder: Path, data: DataConfig, replay: ReplayConfig) -> None:
+    """Raise RunError when the dataset in a folder was made with other settings than these."""
+    made_with = read_json(folder / "report.json", REMEDY, keys=["settings"])["settings"]
+    asked = settings_of(data, replay)
+    differing = [key for key in asked if made_with.get(key) != asked[key]]
+    if differing:
+        raise RunError(f"{folder} was made with other settings ({', '.join(differing)} differ). {REMEDY}")
 
 
 def load_dataset(folder: Path, tokenizer: Tokenizer, max_length: int) -> Dataset:

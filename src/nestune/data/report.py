@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from nestune.config import DataConfig, ReplayConfig
 from nestune.errors import Fault
 
 if TYPE_CHECKING:
@@ -38,10 +39,11 @@ class SetReport:
 class DatasetReport:
     """A built dataset: its sets by name, and the SHA-256 of what it was made from and of what was written.
 
-    sha256: over all the files in `outputs`; supervised_example: the first good record of data.train, with what is
-    learned between » and «.
+    settings: what was asked for; sha256: over all the files in `outputs`; supervised_example: the first good record
+    of data.train, with what is learned between » and «.
     """
 
+    settings: dict[str, Any]
     sha256: str
     sets: dict[str, SetReport]
     sources: dict[str, str]
@@ -57,6 +59,13 @@ class DatasetReport:
     def as_dict(self) -> dict[str, Any]:
         """The report as a JSON object; the same input gives the same one."""
         return asdict(self)
+
+
+def settings_of(data: DataConfig, replay: ReplayConfig) -> dict[str, Any]:
+    """What of a configuration decides which records a dataset holds."""
+    return data.model_dump(mode="json", include={"train", "valid", "retention", "allow_duplicates"}) | {
+        "replay": list(replay.files)
+    }
 
 
 def report_set(

@@ -7,13 +7,13 @@ from collections import ChainMap, Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nestune.config import DataConfig, ReplayConfig
 from nestune.data.expectations import check_profile
 from nestune.data.profile import Profile
 from nestune.data.records import Record, find_files, read_lines, read_records
-from nestune.data.report import DatasetReport, SetReport, rejected_lines, report_set
+from nestune.data.report import DatasetReport, SetReport, rejected_lines, report_set, settings_of
 from nestune.data.tokens import Tokenizer, encode_all, marked_text
 from nestune.errors import DataError, Fault
 from nestune.runs import replaced_folder, sha256_file, sha256_files, write_json
@@ -31,7 +31,7 @@ def build_dataset(data: DataConfig, replay: ReplayConfig, tokenizer: Tokenizer, 
     set can, or when an expectation is not met; ConfigError when the tokenizer cannot render a chat.
     """
     with replaced_folder(folder) as new:
-        builder = _Builder(data, tokenizer, new)
+        builder = _Builder(data, settings_of(data, replay), tokenizer, new)
         train = builder.read("train", find_files(data.train), trained={})
         replayed = [
             builder.read(f"replay/{number}", find_files([entry]), trained={})
@@ -52,8 +52,8 @@ def build_dataset(data: DataConfig, replay: ReplayConfig, tokenizer: Tokenizer, 
 class _Builder:
     """The sets of a dataset as far as they are read: their files in `folder`, profile, faults and tallies."""
 
-    def __init__(self, data: DataConfig, tokenizer: Tokenizer, folder: Path) -> None:
-        self.data, self.tokenizer, self.folder = data, tokenizer, folder
+    def __init__(self, data: DataConfig, settings: dict[str, Any], tokenizer: Tokenizer, folder: Path) -> None:
+        self.data, self.settings, self.tokenizer, self.folder = data, settings, tokenizer, folder
         self.profile = Profile()
         self.sources: dict[str, list[Path]] = {}
         self.faults: dict[str, list[Fault]] = {}
@@ -147,6 +147,7 @@ class _Builder:
             docs=self.folder / "data_docs",
         )
         report = DatasetReport(
+            settings=self.settings,
             sha256=sha256_files(self.folder, files),
             sets={name: self._report_set(name, frame) for name in sets},
             sources={str(path): sha256_file(path) for paths in self.sources.values() for path in paths},

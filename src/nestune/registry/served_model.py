@@ -7,6 +7,7 @@ the environment variable NESTUNE_BASE, and must be, by content, the one that the
 """
 
 import os
+import warnings
 from typing import Any
 
 from mlflow.models import set_model
@@ -33,7 +34,11 @@ class ServedAdapter(PythonModel):  # type: ignore[misc]
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=settings["dtype"])
         # As in the evaluation, so that a version answers as it was scored.
         base.generation_config = greedy_generation(base.generation_config, self._tokenizer)
-        self._model = PeftModel.from_pretrained(base, context.artifacts["adapter"]).to(self._device).eval()
+        with warnings.catch_warnings():
+            # PEFT asks Transformers in ways that Transformers has begun to rename; callers can do nothing about it.
+            warnings.simplefilter("ignore", FutureWarning)
+            model = PeftModel.from_pretrained(base, context.artifacts["adapter"])
+        self._model = model.to(self._device).eval()
 
     def predict(self, context: Any, model_input: list[str]) -> list[str]:
         """The greedy answer to each prompt.

@@ -12,7 +12,7 @@ from nestune.backends.base import Backend
 from nestune.backends.factory import make_backend
 from nestune.base_model import resolve_base
 from nestune.config import RunConfig
-from nestune.data.dataset import load_dataset
+from nestune.data.dataset import check_settings, load_dataset
 from nestune.data.tokens import Row, Tokenizer, load_tokenizer
 from nestune.errors import RunError
 from nestune.evaluation.gate import NEW_TASK, Verdict, decide
@@ -86,6 +86,7 @@ def evaluate(config: RunConfig, run: RunPaths, backend: Backend | None = None) -
     folders = _adapter_folders(config, candidate, current)
     history = read_history(run.metrics)
     tokenizer = load_tokenizer(base.folder)
+    check_settings(run.dataset, config.data, config.retention.replay)
     dataset = load_dataset(run.dataset, tokenizer, base.row_limit(config.data.max_seq_length))
     sets = {NEW_TASK: dataset.valid, **dataset.retention}
     backend = backend or make_backend(config)

@@ -8,7 +8,7 @@ from nestune.backends.factory import check_backend, make_backend
 from nestune.base_model import resolve_base
 from nestune.config import RunConfig, dump_config
 from nestune.data.batches import evaluation_batches, training_steps
-from nestune.data.dataset import load_dataset
+from nestune.data.dataset import check_settings, load_dataset
 from nestune.data.tokens import load_tokenizer
 from nestune.registry.tracking import TrackedRun, tracked_run
 from nestune.registry.versions import fitting_champion, resolve_adapter
@@ -68,6 +68,7 @@ def train(config: RunConfig, run: RunPaths, overwrite: bool = False) -> TrainRes
     check_before_training(config, run, overwrite)
     base = resolve_base(config.model)
     tokenizer = load_tokenizer(base.folder)
+    check_settings(run.dataset, config.data, config.retention.replay)
     dataset = load_dataset(run.dataset, tokenizer, base.row_limit(config.data.max_seq_length))
     backend = make_backend(config)
     tier_map = read_tier_map(run.tiers, backend.lora_parameters(), config.tiers)

@@ -40,7 +40,8 @@ class ProgressBar:
         every = max(1, self._steps // PLAIN_LINES)
         if not self._console.is_terminal and line["step"] % every == 0:
             left_s = (self._steps - line["step"]) * (time.monotonic() - self._began) / line["step"]
-            self._console.print(f"step {line['step']}/{self._steps} · {text} · {left_s:.0f} s left", highlight=False)
+            shown = f"step {line['step']}/{self._steps} · {text} · {left_s:.0f} s left"
+            self._console.print(shown, highlight=False, soft_wrap=True)
 
     def on_validation(self, line: dict[str, Any]) -> None:
         """Show the validation loss from now on."""
