@@ -76,8 +76,8 @@ def evaluate(config: RunConfig, run: RunPaths, backend: Backend | None = None) -
     """Score every model on the new task's held-out part and on every retention set, and decide the gate.
 
     Writes evaluation/ whole or not at all: report.json, metrics.json, report.html, the pictures and plots/*.csv.
-    Raises RunError when the candidate's checkpoint or the dataset is missing or changed, ConfigError when the
-    champion was trained on another base.
+    Raises RunError when the training is not complete or was of another configuration, or the dataset is missing or
+    changed; ConfigError when the champion is of another base, rank or alpha.
     """
     candidate = run.checkpoints / config.evaluation.checkpoint
     check_trained(config, run)
@@ -114,22 +114,21 @@ def evaluate(config: RunConfig, run: RunPaths, backend: Backend | None = None) -
 
 def seal(evaluation: Path, checkpoint: Path) -> None:
     """Note the hashes of a report and of what it is about, so that `register` takes no other."""
-    files = {"report": evaluation / "report.json", **_sealed(checkpoint)}
-    write_json(evaluation / SEAL, {what: sha256_file(path) for what, path in files.items()})
+    write_json(evaluation / SEAL, {what: sha256_file(path) for what, path in _sealed(evaluation, checkpoint).items()})
 
 
 def check_seal(evaluation: Path, checkpoint: Path) -> None:
     """Raise RunError when the report, or the checkpoint that it is about, is not as `evaluate` left it."""
     noted = read_json(evaluation / SEAL, EVALUATE_AGAIN)
-    for what, path in {"report": evaluation / "report.json", **_sealed(checkpoint)}.items():
+    for what, path in _sealed(evaluation, checkpoint).items():
         if not path.is_file():
             raise RunError(f"there is no {path}. Run nestune train again.")
         if noted.get(what) != sha256_file(path):
             raise RunError(f"{path} has changed since the evaluation. {EVALUATE_AGAIN}")
 
 
-def _sealed(checkpoint: Path) -> dict[str, Path]:
-    return {name: checkpoint / name for name in (WEIGHTS, CONFIG, METADATA)}
+def _sealed(evaluation: Path, checkpoint: Path) -> dict[str, Path]:
+    return {"report": evaluation / "report.json"} | {name: checkpoint / name for name in (WEIGHTS, CONFIG, METADATA)}
 
 
 def _adapter_folders(config: RunConfig, candidate: Path, current: Champion | None) -> dict[str, Path | None]:
