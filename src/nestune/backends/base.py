@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from numpy.typing import NDArray
 
@@ -54,11 +54,22 @@ class Backend(Protocol):
         ...
 
     def prepare_training(self, tier_of: dict[str, int]) -> None:
-        """Make one optimizer for each tier of the map (canonical name -> tier)."""
+        """Make one optimizer for each tier of the map (a matrix's canonical name, or some of its ranks, -> tier)."""
         ...
 
     def train_step(self, micro_batches: Sequence[Batch], due: frozenset[int], learning_rate: float) -> StepResult:
         """Update the tiers in `due` by the gradient of the mean loss over the step's supervised tokens."""
+        ...
+
+    def measure_importance(
+        self,
+        steps: Iterable[Sequence[Batch]],
+        measure: Literal["gradient", "squared_gradient", "taylor"],
+    ) -> dict[str, float]:
+        """The measure of every matrix (canonical name -> mean over its elements and the steps), changing no weight.
+
+        A step's gradient is that of `train_step`, all tiers due. Its source is told in `nestune.tiers.importance`.
+        """
         ...
 
     def loss(self, batches: Iterable[Batch]) -> Loss:

@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,27 +21,34 @@ from transformers.utils import logging
 
 from nestune.backends.adapters import read_adapter, write_adapter
 from nestune.backends.base import Loss, StepResult
+from nestune.backends.head_loss import head_loss
+from nestune.backends.tiered_optimizer import DIVERGED_REMEDY, TieredOptimizer
 from nestune.base_model import resolve_base
-from nestune.config import RunConfig, TrainingConfig
+from nestune.config import RunConfig
 from nestune.data.batches import Batch
 from nestune.data.tokens import Tokenizer, load_tokenizer
 from nestune.errors import ConfigError, RunError
 from nestune.tiers.parameters import LoraParameter, parse_parameter
-
-DIVERGED_REMEDY = "Lower training.learning_rate, or add training.warmup_steps."
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
     "adam": torch.optim.Adam,
     "sgd": torch.optim.SGD,
 }
+# Elements of a block of logits; 128 MiB in float32, 220 positions of a vocabulary of 152,000.
+LOGITS_AT_ONCE = 2**25
+IMPORTANCE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "gradient": lambda _, gradient: gradient.abs(),
+    "squared_gradient": lambda _, gradient: gradient.square(),
+    "taylor": lambda weight, gradient: (weight * gradient).abs(),
+}
 
 
 class TorchBackend:
     """A causal language model with one LoRA adapter; satisfies `nestune.backends.base.Backend`.
 
-    The base is frozen, the adapter float32. A parameter requires a gradient only at steps that need it, so
-    autograd builds no graph below the lowest layer that is due, and ends the backward pass there.
+    The base is frozen, the adapter float32. A parameter requires a gradient only at steps that need it, so autograd
+    builds no graph below the lowest layer that is due, keeps no activation there, and ends the backward pass there.
     """
 
     name = "torch"
@@ -62,15 +69,16 @@ class TorchBackend:
         self._end_ids = frozenset(self._causal.generation_config.eos_token_id)
         torch.manual_seed(config.training.seed)
         self._model = _add_lora(self._causal, config)
+        if config.training.gradient_checkpointing:
+            _checkpoint_activations(self._causal)
         self._model.eval()
         trainable = _trainable(self._model)
         self._described = [described for described, _, _ in trainable.values()]
         self._parameters = {name: parameter for name, (_, _, parameter) in trainable.items()}
         self._peft_keys = {name: key.replace(".default.", ".") for name, (_, key, _) in trainable.items()}
         self._untrained = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
-        self._head_is_linear = self._head_alone_gives_logits()
-        self._tier_of: dict[str, int] = {}
-        self._tiers: list[_Tier] = []
+        self._head_is_linear, self._positions_at_once = self._probe_head()
+        self._optimizer: TieredOptimizer | None = None
 
     def lora_parameters(self) -> list[LoraParameter]:
         return self._described
@@ -79,36 +87,54 @@ class TorchBackend:
         return {name: parameter.detach().cpu().numpy().copy() for name, parameter in self._parameters.items()}
 
     def prepare_training(self, tier_of: dict[str, int]) -> None:
-        self._tier_of = tier_of
-        self._tiers = []
-        for tier, lr_scale in enumerate(self._config.tiers.lr_scales):
-            members = [parameter for name, parameter in self._parameters.items() if tier_of[name] == tier]
-            self._tiers.append(_Tier(members, lr_scale, self._config.training))
-        torch.manual_seed(self._config.training.seed)
+        tiers, training = self._config.tiers, self._config.training
+        self._optimizer = TieredOptimizer(
+            self._parameters,
+            tier_of,
+            tiers.periods,
+            lr=training.learning_rate,
+            lr_scales=tiers.lr_scales,
+            inactive_gradients=tiers.inactive_gradients,
+            max_grad_norm=training.max_grad_norm,
+            optimizer=OPTIMIZERS[training.optimizer],
+            weight_decay=training.weight_decay,
+        )
+        torch.manual_seed(training.seed)
 
     def train_step(self, micro_batches: Sequence[Batch], due: frozenset[int], learning_rate: float) -> StepResult:
-        accumulate = self._config.tiers.inactive_gradients == "accumulate"
-        for index, tier in enumerate(self._tiers):
-            tier.begin_step(takes_gradients=accumulate or index in due)
-        tokens = sum(int(batch.supervised.sum()) for batch in micro_batches)
-        self._model.train()
-        nats = 0.0
-        for batch in micro_batches:
-            loss = self._nats(batch) / tokens
-            nats += loss.item()
-            if loss.requires_grad:
-                loss.backward()
-        self._model.eval()
-        if not math.isfinite(nats):
-            raise RunError(f"training diverged: the loss is {nats}. {DIVERGED_REMEDY}")
-        grad_norm = self._update(due, learning_rate) if due else 0.0
+        assert self._optimizer is not None, "prepare_training comes first"
+        self._optimizer.require_gradients(due)
+        nats, tokens = self._backward(micro_batches)
+        self._optimizer.set_learning_rate(learning_rate)
+        grad_norm = self._optimizer.update(due)
+        self._optimizer.zero_grad()
         return StepResult(nats, tokens, sum(int(batch.lengths.sum()) for batch in micro_batches), grad_norm)
+
+    def measure_importance(
+        self,
+        steps: Iterable[Sequence[Batch]],
+        measure: Literal["gradient", "squared_gradient", "taylor"],
+    ) -> dict[str, float]:
+        torch.manual_seed(self._config.training.seed)
+        of_a_step = IMPORTANCE[measure]
+        totals = {name: torch.zeros((), dtype=torch.float64, device=self.device) for name in self._parameters}
+        count = 0
+        for parameter in self._parameters.values():
+            parameter.requires_grad_(True)
+        for micro_batches in steps:
+            self._backward(micro_batches)
+            count += 1
+            for name, parameter in self._parameters.items():
+                assert parameter.grad is not None
+                totals[name] += of_a_step(parameter.detach(), parameter.grad).mean()
+                parameter.grad = None
+        return {name: total.item() / count for name, total in totals.items()}
 
     def loss(self, batches: Iterable[Batch]) -> Loss:
         nats, tokens = 0.0, 0
         with torch.no_grad():
             for batch in batches:
-                nats += self._nats(batch).item()
+                nats += self._mean_loss(batch, tokens=1).item()
                 tokens += int(batch.supervised.sum())
         return Loss(nats, tokens)
 
@@ -142,47 +168,54 @@ class TorchBackend:
             for name, parameter in self._parameters.items():
                 parameter.copy_(values[name])
 
-    def _nats(self, batch: Batch) -> Tensor:
-        """Summed cross-entropy, in nats, at the supervised positions of a batch; the head sees no others."""
-        tokens = torch.from_numpy(batch.tokens.astype(np.int64)).to(self.device)
+    def _backward(self, micro_batches: Sequence[Batch]) -> tuple[float, int]:
+        """Add up the gradients of a step's mean loss; returns that loss, in nats per token, and the tokens.
+
+        Raises RunError when the loss is not finite.
+        """
+        tokens = sum(int(batch.supervised.sum()) for batch in micro_batches)
+        self._model.train()
+        nats = 0.0
+        for batch in micro_batches:
+            loss = self._mean_loss(batch, tokens)
+            nats += loss.item()
+            if loss.requires_grad:
+                loss.backward()
+        self._model.eval()
+        if not math.isfinite(nats):
+            raise RunError(f"training diverged: the loss is {nats}. {DIVERGED_REMEDY}")
+        return nats, tokens
+
+    def _mean_loss(self, batch: Batch, tokens: int) -> Tensor:
+        """Cross-entropy, in nats, at a batch's supervised positions, summed and divided by `tokens`."""
+        ids = torch.from_numpy(batch.tokens.astype(np.int64)).to(self.device)
         lengths = torch.from_numpy(batch.lengths.astype(np.int64)).to(self.device)
-        attention = torch.arange(tokens.shape[1], device=self.device) < lengths[:, None]
+        attention = torch.arange(ids.shape[1], device=self.device) < lengths[:, None]
         supervised = torch.from_numpy(batch.supervised).to(self.device)[:, 1:]
-        inputs = {"input_ids": tokens, "attention_mask": attention.long(), "use_cache": False}
+        targets = ids[:, 1:][supervised]
+        inputs = {"input_ids": ids, "attention_mask": attention.long(), "use_cache": False}
         with self._autocast():
             if self._head_is_linear:
-                hidden = self._causal.base_model(**inputs).last_hidden_state
-                logits = self._causal.get_output_embeddings()(hidden[:, :-1][supervised])
-            else:
-                logits = self._causal(**inputs).logits[:, :-1][supervised]
-        return F.cross_entropy(logits.float(), tokens[:, 1:][supervised], reduction="sum")
-
-    def _update(self, due: frozenset[int], learning_rate: float) -> float:
-        """Average the due tiers' windows, clip over all of them, and step; returns the norm before clipping."""
-        tiers = [self._tiers[index] for index in sorted(due)]
-        for tier in tiers:
-            tier.average_window()
-        # In the model's order, whatever the tiers: a sum of squares is rounded by the order of its terms.
-        moving = [parameter for name, parameter in self._parameters.items() if self._tier_of[name] in due]
-        norm = nn.utils.get_total_norm([p.grad for p in moving if p.grad is not None])
-        if not math.isfinite(norm):
-            raise RunError(f"training diverged: the gradient's norm is {norm}. {DIVERGED_REMEDY}")
-        if self._config.training.max_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(moving, self._config.training.max_grad_norm, norm)
-        for tier in tiers:
-            tier.step(learning_rate)
-        return float(norm)
+                hidden = self._causal.base_model(**inputs).last_hidden_state[:, :-1][supervised]
+                head = self._causal.get_output_embeddings()
+                return head_loss(hidden, targets, head, tokens, self._positions_at_once)
+            logits = self._causal(**inputs).logits[:, :-1][supervised]
+            return F.cross_entropy(logits.float(), targets, reduction="sum") / tokens
 
     def _autocast(self) -> torch.autocast:
         precision = self._config.training.precision
         return torch.autocast(self.device, dtype=torch.bfloat16, enabled=precision == "bfloat16")
 
-    def _head_alone_gives_logits(self) -> bool:
-        """Whether logits are the head's output as it is; some models scale or cap them afterwards."""
+    def _probe_head(self) -> tuple[bool, int]:
+        """Whether logits are the head's output as it is, and how many positions it may see at once.
+
+        Some models scale or cap their logits afterwards: theirs are made by the whole model, all positions at once.
+        """
         probe = torch.arange(4, device=self.device)[None]
         with torch.no_grad():
+            logits = self._causal(probe).logits
             alone = self._causal.get_output_embeddings()(self._causal.base_model(probe).last_hidden_state)
-            return torch.allclose(alone, self._causal(probe).logits)
+        return torch.allclose(alone, logits), max(1, LOGITS_AT_ONCE // logits.shape[-1])
 
     def _until_end(self, tokens: list[int]) -> list[int]:
         ends = [position for position, token in enumerate(tokens) if token in self._end_ids]
@@ -201,37 +234,6 @@ def greedy_generation(recommended: GenerationConfig, tokenizer: Tokenizer) -> Ge
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=sorted({int(tokenizer.eos_token_id), *ends}),
     )
-
-
-class _Tier:
-    """The parameters of one tier, their optimizer, and how many steps' gradients are summed in them."""
-
-    def __init__(self, parameters: list[nn.Parameter], lr_scale: float, training: TrainingConfig) -> None:
-        self._parameters = parameters
-        self._lr_scale = lr_scale
-        self._summed_steps = 0
-        self._optimizer = OPTIMIZERS[training.optimizer](
-            parameters, lr=training.learning_rate, weight_decay=training.weight_decay
-        )
-
-    def begin_step(self, takes_gradients: bool) -> None:
-        self._summed_steps += takes_gradients
-        for parameter in self._parameters:
-            parameter.requires_grad_(takes_gradients)
-
-    def average_window(self) -> None:
-        """Turn the summed gradients into their mean over the window; under `drop` just one step was summed."""
-        if self._summed_steps > 1:
-            for parameter in self._parameters:
-                if parameter.grad is not None:
-                    parameter.grad /= self._summed_steps
-
-    def step(self, learning_rate: float) -> None:
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate * self._lr_scale
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        self._summed_steps = 0
 
 
 def _load_base(folder: Path, dtype: Any) -> Any:
@@ -269,6 +271,17 @@ def _add_lora(causal: Any, config: RunConfig) -> PeftModel:
         raise ConfigError(f"lora.targets is {targets!r}: {why} Linear modules here: {', '.join(linear)}.") from None
     assert isinstance(model, PeftModel)
     return model
+
+
+def _checkpoint_activations(causal: Any) -> None:
+    """Keep no activations within layers; raises ConfigError when the model cannot do without them."""
+    try:
+        causal.activation_checkpointing_enable({"use_reentrant": False})
+    except ValueError as error:
+        raise ConfigError(f"training.gradient_checkpointing is true: {error} Set it to false.") from None
+    # Transformers makes the embeddings' output require a gradient, which re-entrant checkpointing needs: the backward
+    # pass would go on down to there at every step.
+    causal.disable_input_require_grads()
 
 
 def _trainable(model: nn.Module) -> dict[str, tuple[LoraParameter, str, nn.Parameter]]:

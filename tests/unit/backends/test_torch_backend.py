@@ -3,16 +3,18 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from tests.contract.conftest import BASE, configuration, random_batch
 
 from nestune.backends.torch_backend import TorchBackend
 from nestune.tiers.tier_map import assign_tiers
 
 
-def prepared(policy: str) -> TorchBackend:
-    config = configuration("torch", tiers={"inactive_gradients": policy})
+def prepared(policy: str, **training: Any) -> TorchBackend:
+    config = configuration("torch", tiers={"inactive_gradients": policy}, training=training)
     backend = TorchBackend(config)
     backend.prepare_training(assign_tiers(backend.lora_parameters(), config.tiers).tier_of)
     return backend
@@ -35,11 +37,51 @@ def layers_with_a_graph(backend: TorchBackend, due: frozenset[int]) -> list[bool
     return [seen[index] for index in sorted(seen)]
 
 
+@pytest.mark.parametrize("gradient_checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize(
     ("due", "lowest"), [({0}, 4), ({0, 1}, 2), ({0, 1, 2}, 0)], ids=["fast", "fast and medium", "all"]
 )
-def test_under_drop_no_graph_is_built_below_the_lowest_due_layer(due: set[int], lowest: int) -> None:
-    assert layers_with_a_graph(prepared("drop"), frozenset(due)) == [layer >= lowest for layer in range(6)]
+def test_under_drop_no_graph_is_built_below_the_lowest_due_layer(
+    due: set[int], lowest: int, gradient_checkpointing: bool
+) -> None:
+    backend = prepared("drop", gradient_checkpointing=gradient_checkpointing)
+    assert layers_with_a_graph(backend, frozenset(due)) == [layer >= lowest for layer in range(6)]
+
+
+def bytes_kept(backend: TorchBackend, due: set[int]) -> int:
+    """The bytes that autograd keeps for the backward pass of one training step."""
+    sizes: list[int] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        sizes.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        backend.train_step([random_batch(1)], frozenset(due), 1e-3)
+    return sum(sizes)
+
+
+def test_activations_are_kept_for_due_layers_only() -> None:
+    backend = prepared("drop")
+    two, four, six = (bytes_kept(backend, due) for due in ({0}, {0, 1}, {0, 1, 2}))
+    assert six - four == four - two
+    # What does not belong to a layer: the last norm, and what the head is fed.
+    assert 0 < two - (six - four) < (six - four) / 10
+
+
+def test_checkpointing_keeps_less_than_a_layer_for_all_of_them() -> None:
+    plain, checkpointing = prepared("drop"), prepared("drop", gradient_checkpointing=True)
+    one_layer = (bytes_kept(plain, {0, 1, 2}) - bytes_kept(plain, {0})) / 4
+    assert bytes_kept(checkpointing, {0, 1, 2}) < one_layer
+
+
+def test_a_tier_has_moments_only_once_it_has_moved() -> None:
+    backend = prepared("drop")
+    backend.train_step([random_batch(1)], frozenset({0, 1}), 1e-3)
+    assert backend._optimizer is not None
+    with_moments = set(map(id, backend._optimizer.state))
+    layer_of = {id(p): name for name, p in backend._parameters.items()}
+    assert {layer_of[of].split(".")[1] for of in with_moments} == {"2", "3", "4", "5"}
 
 
 def test_under_accumulate_every_layer_takes_part() -> None:

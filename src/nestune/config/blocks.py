@@ -1,66 +1,25 @@
 """The one typed description of a run. Every default lives here; YAML files hold what differs."""
 
 import re
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
+from pydantic import Field, ValidationInfo, field_validator
+
+from nestune.config.fields import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Number,
+    Paths,
+    PositiveFloat,
+    PositiveInt,
+    RetentionName,
+    SafeName,
+    Strict,
+    as_tuple,
+    existing,
 )
-
-from nestune.config_faults import explain
-from nestune.errors import ConfigError
-
-
-class Strict(BaseModel):
-    """A frozen block of the configuration in which a misspelt key is an error, not a default."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
-
-
-def _existing(path: str, info: ValidationInfo) -> str:
-    if (info.context or {}).get("check_paths") and not Path(path).expanduser().exists():
-        raise ValueError(f"there is no file or folder {path}; relative paths start at {Path.cwd()}")
-    return path
-
-
-def _as_tuple(value: object) -> object:
-    return (value,) if isinstance(value, str) else value
-
-
-def _no_bool(value: object) -> object:
-    if isinstance(value, bool):
-        raise ValueError("must be a number")
-    return value
-
-
-def _free_name(name: str) -> str:
-    if name in ("train", "valid", "replay", "new_task"):
-        raise ValueError(f"{name} is taken by the run; use another name")
-    return name
-
-
-# Whole numbers are strict. Other numbers may be text: PyYAML reads 1e-3, without a point, as a string.
-PositiveInt = Annotated[int, Field(gt=0, strict=True)]
-NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
-Number = Annotated[float, BeforeValidator(_no_bool)]
-PositiveFloat = Annotated[Number, Field(gt=0)]
-NonNegativeFloat = Annotated[Number, Field(ge=0)]
-Fraction = Annotated[Number, Field(gt=0, lt=1)]
-SafeName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-ExistingPath = Annotated[str, StringConstraints(min_length=1), AfterValidator(_existing)]
-Paths = Annotated[tuple[ExistingPath, ...], BeforeValidator(_as_tuple)]
-RetentionName = Annotated[SafeName, AfterValidator(_free_name)]
 
 
 class ModelConfig(Strict):
@@ -82,7 +41,7 @@ class ModelConfig(Strict):
         # `name` and `owner/name` may be hub ids; what starts like a path or has more parts is a folder.
         looks_like_path = value is not None and (value.startswith((".", "/", "~")) or value.count("/") > 1)
         if value is not None and looks_like_path and not value.startswith("models:/"):
-            return _existing(value, info)
+            return existing(value, info)
         return value
 
     @field_validator("revision")
@@ -107,7 +66,7 @@ class LoraConfig(Strict):
     @field_validator("targets", mode="before")
     @classmethod
     def _one_or_more(cls, value: object) -> object:
-        return value if value == "all-linear" else _as_tuple(value)
+        return value if value == "all-linear" else as_tuple(value)
 
 
 class DataConfig(Strict):
@@ -140,13 +99,40 @@ class DataConfig(Strict):
         raise ValueError("must be a fraction of train between 0 and 1, e.g. 0.1, or files")
 
 
+class ImportanceConfig(Strict):
+    """The pass before training that strategy parameter_importance needs: it measures gradients and changes nothing."""
+
+    steps: PositiveInt = Field(100, description="training steps whose gradients are measured")
+    measure: Literal["gradient", "squared_gradient", "taylor"] = Field(
+        "gradient",
+        description="gradient: mean |g|; squared_gradient: mean g^2, the diagonal of the Fisher information; "
+        "taylor: mean |w g|, which needs a parent adapter, as w g is 0 everywhere in a new one",
+    )
+    aggregate: Literal["parameter", "module", "layer"] = Field(
+        "module",
+        description="what is ranked as one: each matrix; A and B of a module; all modules of a layer",
+    )
+    reversed: bool = Field(False, description="true: the most important is slow, not fast")
+
+
 class TierConfig(Strict):
     """Which LoRA parameters form a tier and how often each tier moves; tier 0 is the fastest."""
 
-    strategy: Literal["layer_depth", "layer_depth_reversed", "manual"] = Field(
+    strategy: Literal[
+        "layer_depth",
+        "layer_depth_reversed",
+        "parameter_importance",
+        "module_type",
+        "stacked",
+        "manual",
+        "random",
+        "frozen_slow",
+    ] = Field(
         "layer_depth_reversed",
         description="layer_depth: shallow layers fast; layer_depth_reversed: deep layers fast; "
-        "manual: by the patterns in assignments",
+        "parameter_importance: what has large gradients fast; module_type: attention fast, MLP slow; "
+        "stacked: every matrix's rank divided among the tiers; manual: by the patterns in assignments; "
+        "controls: random, and frozen_slow: deep layers fast, and the slowest tier never moves",
     )
     update_every: tuple[PositiveInt, ...] = Field(
         (1, 2, 4), min_length=1, max_length=8, description="steps between two updates of each tier, ascending"
@@ -154,7 +140,7 @@ class TierConfig(Strict):
     inactive_gradients: Literal["drop", "accumulate"] = Field(
         "drop",
         description="drop: a tier sees only the gradient of its own step, which saves the backward pass; "
-        "accumulate: the mean over the steps since its last update",
+        "accumulate: the mean over the steps since its last update, which needs every gradient at every step",
     )
     lr_scale: Literal["equal", "inverse_period"] | tuple[PositiveFloat, ...] = Field(
         "equal", description="factor on the learning rate for each tier; inverse_period: 1 / update_every"
@@ -163,12 +149,16 @@ class TierConfig(Strict):
         default_factory=dict,
         description="for manual: pattern -> tier, e.g. {'layers.[0-3].*': 2}; the first that matches counts",
     )
+    importance: ImportanceConfig = Field(ImportanceConfig(), description="for parameter_importance: how it is measured")
+    seed: NonNegativeInt = Field(0, description="for random: its seed")
 
     @field_validator("update_every")
     @classmethod
-    def _ascending(cls, periods: tuple[int, ...]) -> tuple[int, ...]:
+    def _ascending(cls, periods: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
         if list(periods) != sorted(periods):
             raise ValueError(f"periods must ascend, tier 0 being the fastest; write {sorted(periods)}")
+        if info.data.get("strategy") == "frozen_slow" and len(periods) == 1:
+            raise ValueError("strategy frozen_slow freezes the slowest of several tiers; give at least two periods")
         return periods
 
     @field_validator("lr_scale")
@@ -179,14 +169,22 @@ class TierConfig(Strict):
             raise ValueError(f"{len(scale)} factors for {tiers} tiers; give one for each entry of update_every")
         return scale
 
+    @field_validator("assignments", "importance", "seed")
+    @classmethod
+    def _only_where_it_counts(cls, value: object, info: ValidationInfo) -> object:
+        reader = {"assignments": "manual", "importance": "parameter_importance", "seed": "random"}[str(info.field_name)]
+        strategy = info.data.get("strategy")
+        ignored = value not in ({}, ImportanceConfig(), 0)
+        if ignored and strategy is not None and strategy != reader:
+            raise ValueError(f"strategy {strategy} ignores this; remove it, or set tiers.strategy to {reader}")
+        return value
+
     @field_validator("assignments")
     @classmethod
-    def _only_for_manual(cls, assignments: dict[str, int], info: ValidationInfo) -> dict[str, int]:
-        strategy, tiers = info.data.get("strategy"), len(info.data.get("update_every", ()))
-        if strategy == "manual" and not assignments:
+    def _in_range(cls, assignments: dict[str, int], info: ValidationInfo) -> dict[str, int]:
+        tiers = len(info.data.get("update_every", ()))
+        if info.data.get("strategy") == "manual" and not assignments:
             raise ValueError("strategy manual needs patterns, e.g. {'layers.[0-3].*': 2}")
-        if strategy is not None and strategy != "manual" and assignments:
-            raise ValueError(f"strategy {strategy} ignores them; remove them, or set tiers.strategy to manual")
         wrong = {pattern: tier for pattern, tier in assignments.items() if tiers and tier >= tiers}
         if wrong:
             raise ValueError(f"tier out of range in {wrong}; with {tiers} tiers use 0 to {tiers - 1}")
@@ -198,6 +196,11 @@ class TierConfig(Strict):
         if self.lr_scale == "inverse_period":
             return tuple(1 / period for period in self.update_every)
         return tuple(1.0 for _ in self.update_every) if isinstance(self.lr_scale, str) else self.lr_scale
+
+    @property
+    def periods(self) -> tuple[int | None, ...]:
+        """Steps between two updates of each tier; None for a tier that never moves."""
+        return (*self.update_every[:-1], None) if self.strategy == "frozen_slow" else self.update_every
 
 
 class ReplayConfig(Strict):
@@ -240,6 +243,9 @@ class TrainingConfig(Strict):
     early_stopping: EarlyStopping | None = Field(None, description="stop when validation no longer improves")
     seed: NonNegativeInt = Field(0, description="seed of initial weights, order of rows and dropout")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="type in which activations are computed")
+    gradient_checkpointing: bool = Field(
+        False, description="true: compute activations again in the backward pass; less memory, more time"
+    )
 
     @field_validator("early_stopping")
     @classmethod
@@ -324,73 +330,3 @@ class RunConfig(Strict):
         if isinstance(given, dict) and given.get("registered_model") is None and "name" in info.data:
             return given | {"registered_model": info.data["name"]}
         return registry
-
-
-def load_config(path: Path, overrides: Sequence[str] = (), name: str | None = None) -> RunConfig:
-    """Read a YAML file, apply `block.key=value` overrides (values are YAML), and check everything.
-
-    Raises ConfigError with every fault at once: unknown keys, wrong values, paths that do not exist.
-    """
-    try:
-        raw = _read_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}. Name one with --config.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as YAML in UTF-8: {error}. Mend it there.") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} holds {type(raw).__name__}; a configuration is a mapping of blocks such as data:")
-    for override in overrides:
-        _apply_override(raw, override)
-    if name is not None:
-        raw["name"] = name
-    return parse_config(raw, source=str(path))
-
-
-def parse_config(raw: Mapping[str, Any], source: str = "the configuration") -> RunConfig:
-    """Check a mapping and its paths; raises ConfigError with every fault at once."""
-    try:
-        return RunConfig.model_validate(raw, context={"check_paths": True})
-    except ValidationError as error:
-        faults = explain(error, RunConfig)
-        raise ConfigError("\n  ".join([f"{source}: {len(faults)} fault(s)", *faults])) from None
-
-
-def dump_config(config: RunConfig) -> str:
-    """The resolved configuration as YAML; loading it gives an equal configuration."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def _read_yaml(text: str) -> Any:
-    return yaml.load(text, _KeysOnce)
-
-
-class _KeysOnce(yaml.SafeLoader):
-    """YAML in which a key given twice in one mapping is an error; YAML's own rule is that the last wins."""
-
-    def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value} is given twice", problem_mark=key.start_mark)
-            seen.add(str(key.value))
-        return node
-
-
-def _apply_override(raw: dict[str, Any], override: str) -> None:
-    path, separator, text = override.partition("=")
-    keys = path.split(".")
-    if not separator or not all(keys):
-        raise ConfigError(f"--set {override!r} is not block.key=value, e.g. --set training.steps=20")
-    try:
-        value = _read_yaml(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {path}: the value {text!r} cannot be read as YAML: {error}") from None
-    block = raw
-    for key in keys[:-1]:
-        if block.get(key) is None:
-            block[key] = {}
-        block = block[key]
-        if not isinstance(block, dict):
-            raise ConfigError(f"--set {path}: {key} holds a value, not a block")
-    block[keys[-1]] = value

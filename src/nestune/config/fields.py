@@ -1,0 +1,49 @@
+"""The types that fields of the configuration are made of."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationInfo
+
+
+class Strict(BaseModel):
+    """A frozen block of the configuration in which a misspelt key is an error, not a default."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+def existing(path: str, info: ValidationInfo) -> str:
+    """The path as it is; ValueError when paths are to be checked and there is nothing at this one."""
+    if (info.context or {}).get("check_paths") and not Path(path).expanduser().exists():
+        raise ValueError(f"there is no file or folder {path}; relative paths start at {Path.cwd()}")
+    return path
+
+
+def as_tuple(value: object) -> object:
+    """One text as a list of one."""
+    return (value,) if isinstance(value, str) else value
+
+
+def _no_bool(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    return value
+
+
+def _free_name(name: str) -> str:
+    if name in ("train", "valid", "replay", "new_task"):
+        raise ValueError(f"{name} is taken by the run; use another name")
+    return name
+
+
+# Whole numbers are strict. Other numbers may be text: PyYAML reads 1e-3, without a point, as a string.
+PositiveInt = Annotated[int, Field(gt=0, strict=True)]
+NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
+Number = Annotated[float, BeforeValidator(_no_bool)]
+PositiveFloat = Annotated[Number, Field(gt=0)]
+NonNegativeFloat = Annotated[Number, Field(ge=0)]
+Fraction = Annotated[Number, Field(gt=0, lt=1)]
+SafeName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+ExistingPath = Annotated[str, StringConstraints(min_length=1), AfterValidator(existing)]
+Paths = Annotated[tuple[ExistingPath, ...], BeforeValidator(as_tuple)]
+RetentionName = Annotated[SafeName, AfterValidator(_free_name)]
