@@ -61,7 +61,7 @@ def test_all_faults_of_a_file_are_told_at_once_with_a_remedy(written: Path) -> N
     ("override", "expected"),
     [
         ("tiers.lr_scale=[1, 2]", "2 factors for 3 tiers"),
-        ("tiers.assignments={'*': 5}", "remove them, or set tiers.strategy to manual"),
+        ("tiers.assignments={'*': 5}", "remove it, or set tiers.strategy to manual"),
         ("tiers.strategy=manual", "strategy manual needs patterns"),
         ("tiers.strategy=deep", "'layer_depth'"),
         ("data.valid=1.5", "data.valid: must be a fraction of train between 0 and 1, e.g. 0.1, or files (seen: 1.5)"),

@@ -14,7 +14,7 @@ from nestune.registry.tracking import TrackedRun, tracked_run
 from nestune.registry.versions import fitting_champion, resolve_adapter
 from nestune.runs import RunPaths, kept_until_replaced, record_stage, sha256_file, write_text
 from nestune.tiers.schedule import TierSchedule
-from nestune.tiers.tier_map import read_tier_map
+from nestune.tiers.tier_map import read_fitting_tier_map
 from nestune.training.checkpoints import Checkpoints, refuse_other_checkpoints
 from nestune.training.loop import run_training
 from nestune.training.progress import ProgressBar
@@ -71,7 +71,7 @@ def train(config: RunConfig, run: RunPaths, overwrite: bool = False) -> TrainRes
     check_settings(run.dataset, config.data, config.retention.replay)
     dataset = load_dataset(run.dataset, tokenizer, base.row_limit(config.data.max_seq_length))
     backend = make_backend(config)
-    tier_map = read_tier_map(run.tiers, backend.lora_parameters(), config.tiers)
+    tier_map = read_fitting_tier_map(run.tiers, backend.lora_parameters(), config.tiers)
     if config.model.adapter is not None:
         backend.load_adapter(resolve_adapter(config.model.adapter, config.registry))
     backend.prepare_training(tier_map.tier_of)
@@ -82,7 +82,7 @@ def train(config: RunConfig, run: RunPaths, overwrite: bool = False) -> TrainRes
 
     write_text(run.config, dump_config(config))
     checkpoints = Checkpoints(run.checkpoints, backend, base, config)
-    schedule = TierSchedule(config.tiers.update_every)
+    schedule = TierSchedule(config.tiers.periods)
     tags = {"base_sha256": base.sha256, "dataset_sha256": dataset.sha256, "tier_map_sha256": tier_map.sha256}
     with (
         kept_until_replaced(run.checkpoints, run.metrics, run.tracking),

@@ -1,4 +1,4 @@
-"""Trainable matrices and the names that they have on every backend."""
+"""Trainable matrices, the names that they have on every backend, and the parts of them that a tier may hold."""
 
 import re
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ LORA_NAME = re.compile(
     r"(?:lora|adapter)_(?P<side>[ab])(?:\.default)?(?:\.weight)?$",
     re.IGNORECASE,
 )
+RANKS = re.compile(r"(?P<matrix>.+)\[(?P<start>\d+):(?P<stop>\d+)\]")
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,16 @@ class LoraParameter:
         """The canonical name, e.g. `layers.3.self_attn.q_proj.lora_a`."""
         return f"layers.{self.layer}.{self.module}.lora_{self.side}"
 
+    @property
+    def rank_axis(self) -> int:
+        """The axis that counts ranks: 0 (rows) of A, 1 (columns) of B."""
+        return 0 if self.side == "a" else 1
+
+    @property
+    def rank(self) -> int:
+        """How many ranks the matrix has."""
+        return self.shape[self.rank_axis]
+
 
 def parse_parameter(name: str, shape: tuple[int, ...]) -> LoraParameter | None:
     """The LoRA matrix that a framework's parameter name stands for; None when it is not one of a layer's.
@@ -39,3 +50,16 @@ def parse_parameter(name: str, shape: tuple[int, ...]) -> LoraParameter | None:
     if found is None:
         return None
     return LoraParameter(int(found["layer"]), found["module"], "a" if found["side"] in "aA" else "b", shape)
+
+
+def name_of_ranks(matrix: str, ranks: range) -> str:
+    """The name of some ranks of a matrix, e.g. `layers.3.self_attn.q_proj.lora_a[0:3]` for ranks 0, 1 and 2."""
+    return f"{matrix}[{ranks.start}:{ranks.stop}]"
+
+
+def split_name(name: str) -> tuple[str, range | None]:
+    """The matrix that a name of a tier map stands for, and which of its ranks; None: all of it."""
+    found = RANKS.fullmatch(name)
+    if found is None:
+        return name, None
+    return found["matrix"], range(int(found["start"]), int(found["stop"]))

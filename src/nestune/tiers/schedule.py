@@ -5,16 +5,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TierSchedule:
-    """Tier k is due at step t (counted from 1) when t is a multiple of `update_every[k]`."""
+    """Tier k is due at step t (counted from 1) when t is a multiple of `update_every[k]`; None: never."""
 
-    update_every: tuple[int, ...]
+    update_every: tuple[int | None, ...]
 
     def due(self, step: int) -> frozenset[int]:
         """The tiers that are updated at a step, e.g. {0} {0, 1} {0} {0, 1, 2} for periods 1, 2, 4."""
         if step < 1:
             raise ValueError(f"steps are counted from 1, seen {step}")
-        return frozenset(tier for tier, period in enumerate(self.update_every) if step % period == 0)
+        return frozenset(tier for tier, period in enumerate(self.update_every) if period and step % period == 0)
 
     def update_counts(self, steps: int) -> tuple[int, ...]:
         """How often each tier is updated in the first `steps` steps: floor(steps / period)."""
-        return tuple(steps // period for period in self.update_every)
+        return tuple(steps // period if period else 0 for period in self.update_every)

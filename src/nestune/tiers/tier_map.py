@@ -1,8 +1,8 @@
-"""The tier map: canonical parameter name -> tier, checked, and kept as a JSON file."""
+"""The tier map: every trainable matrix, or some ranks of one, on one tier; checked, and kept as a JSON file."""
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,16 +10,21 @@ from typing import Any
 from nestune.config import TierConfig
 from nestune.errors import ConfigError, RunError
 from nestune.runs import read_json, write_json
-from nestune.tiers.parameters import LoraParameter
+from nestune.tiers.importance import Importance
+from nestune.tiers.parameters import LoraParameter, split_name
 from nestune.tiers.strategies import STRATEGIES
 
 
 @dataclass(frozen=True)
 class TierMap:
-    """Every trainable matrix on exactly one tier, no tier empty; how it was made; what deserves a warning."""
+    """Every trainable matrix on exactly one tier, no tier empty; how it was made; what deserves a warning.
+
+    A name in `tier_of` is a matrix (`layers.3.self_attn.q_proj.lora_a`) or, where its ranks are on different tiers,
+    some of its ranks (`layers.3.self_attn.q_proj.lora_a[0:3]`). `update_every` has None for a tier that never moves.
+    """
 
     strategy: str
-    update_every: tuple[int, ...]
+    update_every: tuple[int | None, ...]
     tier_of: dict[str, int]
     warnings: tuple[str, ...] = ()
 
@@ -45,16 +50,27 @@ class TierMap:
         }
 
 
-def assign_tiers(parameters: Sequence[LoraParameter], tiers: TierConfig) -> TierMap:
+def assign_tiers(
+    parameters: Sequence[LoraParameter], tiers: TierConfig, importance: Importance | None = None
+) -> TierMap:
     """Divide the parameters among the tiers by the configured strategy.
 
-    A parameter that the strategy leaves out goes to the slowest tier, with a warning.
-    Raises ConfigError when a tier would be empty.
+    A parameter that the strategy leaves out goes to the slowest tier, with a warning. `importance` is needed by
+    strategy parameter_importance alone. Raises ConfigError when it is missing, or a tier would be empty.
     """
-    chosen = STRATEGIES[tiers.strategy](parameters, tiers)
+    if tiers.strategy == "parameter_importance" and not importance:
+        raise ConfigError(
+            "tiers.strategy parameter_importance needs gradients measured on the task's data: `nestune tiers` measures "
+            "them. Where there is no run, take another strategy, or the tiers.json of a run."
+        )
+    chosen = STRATEGIES[tiers.strategy](parameters, tiers, importance or {})
     slowest = len(tiers.update_every) - 1
-    unmapped = [p.name for p in parameters if p.name not in chosen]
-    tier_of = {p.name: chosen.get(p.name, slowest) for p in parameters}
+    mapped = {split_name(name)[0] for name in chosen}
+    unmapped = [p.name for p in parameters if p.name not in mapped]
+    tier_of = {**chosen, **dict.fromkeys(unmapped, slowest)}
+    fault = find_fault(tier_of, parameters)
+    if fault is not None:
+        raise ValueError(f"strategy {tiers.strategy} made a map in which {fault}")
     empty = sorted(set(range(slowest + 1)) - set(tier_of.values()))
     if empty:
         raise ConfigError(
@@ -67,7 +83,26 @@ def assign_tiers(parameters: Sequence[LoraParameter], tiers: TierConfig) -> Tier
             f"{len(unmapped)} parameters on no tier go to the slowest, {slowest}: "
             f"{', '.join(unmapped[:3])}{' ...' if len(unmapped) > 3 else ''}",
         )
-    return TierMap(tiers.strategy, tiers.update_every, tier_of, warnings)
+    order = {p.name: index for index, p in enumerate(parameters)}
+    in_order = sorted(tier_of.items(), key=lambda item: order[split_name(item[0])[0]])
+    return TierMap(tiers.strategy, tiers.periods, dict(in_order), warnings)
+
+
+def find_fault(tier_of: Mapping[str, int], parameters: Sequence[LoraParameter]) -> str | None:
+    """What keeps a map from naming every rank of every matrix exactly once; None when it does."""
+    ranks_of = {p.name: p.rank for p in parameters}
+    seen: dict[str, list[int]] = {name: [] for name in ranks_of}
+    for name in tier_of:
+        matrix, ranks = split_name(name)
+        if matrix not in seen:
+            return f"{name} is no parameter of this model"
+        seen[matrix] += range(ranks_of[matrix]) if ranks is None else ranks
+    for name, found in seen.items():
+        if not found:
+            return f"{name} is on no tier"
+        if sorted(found) != list(range(ranks_of[name])):
+            return f"{name} has ranks {sorted(found)} on tiers, not each of 0 to {ranks_of[name] - 1} once"
+    return None
 
 
 def write_tier_map(tier_map: TierMap, path: Path) -> None:
@@ -75,11 +110,8 @@ def write_tier_map(tier_map: TierMap, path: Path) -> None:
     write_json(path, tier_map.as_dict())
 
 
-def read_tier_map(path: Path, parameters: Sequence[LoraParameter], tiers: TierConfig) -> TierMap:
-    """The map in a file, checked against the model's parameters and the configuration.
-
-    Raises RunError when the file is missing, or was made for other parameters, periods or another strategy.
-    """
+def read_tier_map(path: Path) -> TierMap:
+    """The map in a file. Raises RunError when the file is missing, is no tier map, or was changed by hand."""
     remedy = "Run nestune tiers again."
     content = read_json(path, remedy)
     try:
@@ -93,14 +125,24 @@ def read_tier_map(path: Path, parameters: Sequence[LoraParameter], tiers: TierCo
         raise RunError(f"{path} is not a tier map: {type(error).__name__} {error}. {remedy}") from None
     if content.get("sha256") != tier_map.sha256:
         raise RunError(f"{path} was changed by hand; to choose tiers yourself, use tiers.strategy manual. {remedy}")
-    if tier_map.update_every != tiers.update_every or tier_map.strategy != tiers.strategy:
+    if not set(tier_map.tier_of.values()) <= set(range(len(tier_map.update_every))):
+        raise RunError(f"{path} names a tier outside 0 to {len(tier_map.update_every) - 1}. {remedy}")
+    return tier_map
+
+
+def read_fitting_tier_map(path: Path, parameters: Sequence[LoraParameter], tiers: TierConfig) -> TierMap:
+    """The map in a file that was made for these parameters with this configuration.
+
+    Raises what `read_tier_map` raises, and RunError when it was made for other parameters, periods or strategy.
+    """
+    remedy = "Run nestune tiers again."
+    tier_map = read_tier_map(path)
+    if tier_map.update_every != tiers.periods or tier_map.strategy != tiers.strategy:
         raise RunError(
             f"{path} was made with strategy {tier_map.strategy} and periods {list(tier_map.update_every)}; the "
-            f"configuration says {tiers.strategy} and {list(tiers.update_every)}. {remedy}"
+            f"configuration says {tiers.strategy} and {list(tiers.periods)}. {remedy}"
         )
-    if set(tier_map.tier_of) != {p.name for p in parameters}:
-        differing = sorted(set(tier_map.tier_of) ^ {p.name for p in parameters})
-        raise RunError(f"{path} is for other parameters: {len(differing)} differ, first {differing[0]}. {remedy}")
-    if not set(tier_map.tier_of.values()) <= set(range(len(tiers.update_every))):
-        raise RunError(f"{path} names a tier outside 0 to {len(tiers.update_every) - 1}. {remedy}")
+    fault = find_fault(tier_map.tier_of, parameters)
+    if fault is not None:
+        raise RunError(f"{path} is for other parameters: {fault}. {remedy}")
     return tier_map
