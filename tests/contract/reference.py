@@ -12,6 +12,16 @@ from nestune.tiers.parameters import parse_parameter
 Weights = dict[str, NDArray[Any]]
 
 
+def part_of(weights: Weights, name: str) -> NDArray[Any]:
+    """What a name of a tier map stands for, as a view: a matrix, or ranks of it (rows of A, columns of B)."""
+    matrix, _, ranks = name.rstrip("]").partition("[")
+    if not ranks:
+        return weights[matrix]
+    start, _, stop = ranks.partition(":")
+    chosen = slice(int(start), int(stop))
+    return weights[matrix][chosen] if matrix.endswith("lora_a") else weights[matrix][:, chosen]
+
+
 class NumpyTieredAdamW:
     """Tiered updates as formulas, in float64: one AdamW a tier, windows, clipping.
 
@@ -33,19 +43,19 @@ class NumpyTieredAdamW:
         self.initial = {name: value.copy() for name, value in self.weights.items()}
         self.tier_of, self.update_every = tier_of, update_every
         self.accumulate, self.weight_decay, self.max_norm = accumulate, weight_decay, max_norm
-        self.window = {name: np.zeros_like(value) for name, value in self.weights.items()}
-        self.m = {name: np.zeros_like(value) for name, value in self.weights.items()}
-        self.v = {name: np.zeros_like(value) for name, value in self.weights.items()}
+        self.window = {name: np.zeros_like(part_of(self.weights, name)) for name in tier_of}
+        self.m = {name: np.zeros_like(value) for name, value in self.window.items()}
+        self.v = {name: np.zeros_like(value) for name, value in self.window.items()}
         self.updates = [0] * len(update_every)
 
     def step(self, step: int, gradient: Weights, rate: float) -> None:
         due = [tier for tier, period in enumerate(self.update_every) if step % period == 0]
         applied: Weights = {}
         for name, tier in self.tier_of.items():
-            self.window[name] += gradient[name]
+            self.window[name] += part_of(gradient, name)
             if tier in due:
                 mean = self.window[name] / self.update_every[tier]
-                applied[name] = mean if self.accumulate else gradient[name].astype(np.float64)
+                applied[name] = mean if self.accumulate else part_of(gradient, name).astype(np.float64)
                 self.window[name][:] = 0
         norm = np.sqrt(sum(float((g**2).sum()) for g in applied.values()))
         clip = min(1.0, self.max_norm / (norm + 1e-6))
@@ -56,7 +66,8 @@ class NumpyTieredAdamW:
             self.m[name] = 0.9 * self.m[name] + 0.1 * clip * g
             self.v[name] = 0.999 * self.v[name] + 0.001 * (clip * g) ** 2
             direction = (self.m[name] / (1 - 0.9**t)) / (np.sqrt(self.v[name] / (1 - 0.999**t)) + 1e-8)
-            self.weights[name] = self.weights[name] * (1 - rate * self.weight_decay) - rate * direction
+            weights = part_of(self.weights, name)
+            weights[:] = weights * (1 - rate * self.weight_decay) - rate * direction
 
 
 class PlainGradients:

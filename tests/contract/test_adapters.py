@@ -12,9 +12,11 @@ from nestune.backends.adapters import METADATA, WEIGHTS
 from nestune.backends.base import Backend
 from nestune.base_model import resolve_base
 from nestune.config import ModelConfig
+from nestune.data.batches import Batch
 from nestune.errors import ConfigError
 from nestune.runs import sha256_file
-from tests.contract.conftest import BASE, MakeBackend, random_batch
+from nestune.tiers.schedule import TierSchedule
+from tests.contract.conftest import BASE, VOCABULARY, MakeBackend, random_batch
 
 PROMPTS = [[5, 17, 30], [7, 9, 11, 13, 40]]
 
@@ -57,6 +59,36 @@ def test_plain_peft_loads_the_folder_with_the_same_losses(trained: Backend, save
     ours = trained.loss([batch]).nats
     assert ours == pytest.approx(adapted, rel=1e-6)
     assert abs(ours - untouched) > 0.1
+
+
+def test_an_adapter_trained_in_stacked_tiers_gives_plain_peft_the_same_logits(
+    make: MakeBackend, tmp_path: Path
+) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    backend = make(tiers={"strategy": "stacked", "update_every": [1, 2, 4]})
+    schedule = TierSchedule((1, 2, 4))
+    for step in range(1, 9):
+        backend.train_step([random_batch(step)], schedule.due(step), 5e-3)
+    backend.save_adapter(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(BASE)
+    prompt = torch.tensor([PROMPTS[1]])
+    with torch.no_grad():
+        untouched = base(prompt).logits[0, -1].log_softmax(-1)
+        adapted = PeftModel.from_pretrained(base, tmp_path)(prompt).logits[0, -1].log_softmax(-1)
+    # A backend tells losses: that of one next token is minus its log-probability.
+    next_tokens = list(range(3, VOCABULARY, 5))
+    ours = [-backend.loss([one_next_token(PROMPTS[1], token)]).nats for token in next_tokens]
+    np.testing.assert_allclose(ours, adapted[next_tokens].numpy(), rtol=1e-5)
+    assert (adapted - untouched).abs().max() > 0.1
+
+
+def one_next_token(prompt: list[int], token: int) -> Batch:
+    """A row of which only the token after the prompt is supervised."""
+    tokens = np.array([[*prompt, token]], np.int32)
+    return Batch(tokens, np.arange(tokens.shape[1])[None] == len(prompt), np.array([tokens.shape[1]], np.int32))
 
 
 def test_only_lora_matrices_are_saved(trained: Backend, saved: Path) -> None:

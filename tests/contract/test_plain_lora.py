@@ -38,7 +38,9 @@ def ordinary_torch_loop(batches: list[Batch]) -> dict[str, bytes]:
     return {p.name: value.detach().numpy().tobytes() for p, value in named.items() if p is not None}
 
 
-@pytest.mark.parametrize("strategy", ["layer_depth", "layer_depth_reversed"])
+@pytest.mark.parametrize(
+    "strategy", ["layer_depth", "layer_depth_reversed", "parameter_importance", "stacked", "random"]
+)
 def test_periods_of_one_equal_an_ordinary_adamw_lora_loop_bit_for_bit(
     make: MakeBackend, backend_name: str, strategy: str
 ) -> None:

@@ -38,14 +38,26 @@ def test_due_parameters_change_and_all_others_stay_bit_equal(make: MakeBackend, 
 
 
 @pytest.mark.parametrize("policy", ["drop", "accumulate"])
-def test_fifty_steps_agree_with_a_numpy_reference(make: MakeBackend, policy: str) -> None:
+@pytest.mark.parametrize("strategy", ["layer_depth_reversed", "stacked"])
+def test_fifty_steps_agree_with_a_numpy_reference(make: MakeBackend, strategy: str, policy: str) -> None:
     rate, steps = 1e-3, 50
-    backend = make(tiers={"inactive_gradients": policy}, training={"weight_decay": 0.01, "max_grad_norm": 1.0})
+    backend = make(
+        tiers={"strategy": strategy, "inactive_gradients": policy},
+        training={"weight_decay": 0.01, "max_grad_norm": 1.0},
+    )
     schedule = TierSchedule((1, 2, 4))
     gradients = PlainGradients(backend.weights())
+    tier_of = {
+        "layer_depth_reversed": {p.name: 2 - p.layer // 2 for p in backend.lora_parameters()},
+        "stacked": {
+            f"{p.name}{ranks}": tier
+            for p in backend.lora_parameters()
+            for tier, ranks in enumerate(["[0:3]", "[3:6]", "[6:8]"])
+        },
+    }[strategy]
     reference = NumpyTieredAdamW(
         backend.weights(),
-        {p.name: 2 - p.layer // 2 for p in backend.lora_parameters()},
+        tier_of,
         (1, 2, 4),
         accumulate=policy == "accumulate",
         weight_decay=0.01,
@@ -121,3 +133,30 @@ def test_the_same_seed_gives_the_same_bits(make: MakeBackend) -> None:
 
     assert changed(trained(3), trained(3)) == set()
     assert changed(trained(3), trained(4)) != set()
+
+
+def test_dropout_acts_in_training_and_in_no_loss(make: MakeBackend) -> None:
+    plain, dropping = make(), make(lora={"dropout": 0.5})
+    for backend in (plain, dropping):
+        for step in range(1, 4):
+            backend.train_step([random_batch(step)], frozenset({0, 1, 2}), 1e-3)
+    assert changed(plain.weights(), dropping.weights()) == set(plain.weights())
+    assert dropping.loss([random_batch(9)]) == dropping.loss([random_batch(9)])
+
+
+@pytest.mark.parametrize("policy", ["drop", "accumulate"])
+@pytest.mark.parametrize("strategy", ["layer_depth", "layer_depth_reversed", "stacked"])
+def test_gradient_checkpointing_changes_no_bit_of_what_is_learned(
+    make: MakeBackend, strategy: str, policy: str
+) -> None:
+    def trained(checkpointing: bool) -> Weights:
+        backend = make(
+            tiers={"strategy": strategy, "inactive_gradients": policy},
+            training={"gradient_checkpointing": checkpointing},
+            lora={"dropout": 0.1},
+        )
+        for step in range(1, 9):
+            backend.train_step([random_batch(step)], TierSchedule((1, 2, 4)).due(step), 1e-3)
+        return backend.weights()
+
+    assert changed(trained(False), trained(True)) == set()

@@ -1,7 +1,7 @@
 """The description of a run: defaults, overrides, and every fault at once with its remedy."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -181,6 +181,66 @@ def test_a_revision_of_a_folder_is_refused(written: Path) -> None:
 def test_manual_tier_out_of_range_is_refused(written: Path) -> None:
     faults = faults_of(written, "tiers.strategy=manual", "tiers.assignments={'*': 3}")
     assert any("with 3 tiers use 0 to 2" in fault for fault in faults)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "reader"),
+    [
+        ("assignments", "{'*': 0}", "manual"),
+        ("importance.steps", "50", "parameter_importance"),
+        ("importance.reversed", "true", "parameter_importance"),
+        ("seed", "3", "random"),
+    ],
+)
+def test_an_option_that_the_strategy_ignores_is_refused(written: Path, option: str, value: str, reader: str) -> None:
+    strategies = get_args(TierConfig.model_fields["strategy"].annotation)
+    assert reader in strategies
+    for strategy in strategies:
+        given = [f"tiers.strategy={strategy}", f"tiers.{option}={value}"]
+        if strategy == reader:
+            assert load_config(written, given).tiers.strategy == reader
+        elif strategy != "manual":  # which needs patterns, and is told so
+            (fault,) = faults_of(written, *given)
+            remedy = f"strategy {strategy} ignores this; remove it, or set tiers.strategy to {reader}"
+            assert fault.strip().startswith(f"tiers.{option.partition('.')[0]}: {remedy}")
+
+
+def test_every_ignored_option_is_told_at_once(written: Path) -> None:
+    faults = faults_of(written, "tiers.strategy=stacked", "tiers.seed=1", "tiers.importance.measure=taylor")
+    assert [fault.split(":")[0].strip() for fault in faults] == ["tiers.importance", "tiers.seed"]
+
+
+def test_an_unknown_strategy_is_the_only_fault_of_its_options(written: Path) -> None:
+    (fault,) = faults_of(written, "tiers.strategy=by_luck", "tiers.seed=1")
+    assert "'random'" in fault
+
+
+def test_taylor_importance_needs_a_parent_adapter(written: Path) -> None:
+    taylor = ["tiers.strategy=parameter_importance", "tiers.importance.measure=taylor"]
+    (fault,) = faults_of(written, *taylor)
+    assert "set model.adapter, or measure gradient" in fault
+    config = load_config(written, [*taylor, "model.adapter=models:/r@champion"])
+    assert config.tiers.importance.measure == "taylor"
+
+
+def test_frozen_slow_needs_a_tier_that_moves(written: Path) -> None:
+    (fault,) = faults_of(written, "tiers.strategy=frozen_slow", "tiers.update_every=[1]")
+    assert "freezes the slowest of several tiers; give at least two periods" in fault
+    tiers = load_config(written, ["tiers.strategy=frozen_slow", "tiers.update_every=[1, 2]"]).tiers
+    assert tiers.periods == (1, None)
+
+
+def test_every_other_strategy_moves_all_its_tiers() -> None:
+    for strategy in get_args(TierConfig.model_fields["strategy"].annotation):
+        options = {"assignments": {"*": 0}} if strategy == "manual" else {}
+        periods = TierConfig(strategy=strategy, **options).periods
+        assert periods == ((1, 2, None) if strategy == "frozen_slow" else (1, 2, 4))
+
+
+def test_there_are_at_most_eight_tiers(written: Path) -> None:
+    assert len(load_config(written, [f"tiers.update_every={[*range(1, 9)]}"]).tiers.update_every) == 8
+    (fault,) = faults_of(written, f"tiers.update_every={[*range(1, 10)]}")
+    assert "must be a list, at most 8 long" in fault
 
 
 def test_early_stopping_without_validation_is_refused(written: Path) -> None:

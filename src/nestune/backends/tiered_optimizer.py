@@ -7,6 +7,7 @@ import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, Literal, overload
 
 import torch
@@ -17,7 +18,7 @@ from nestune.errors import ConfigError, RunError
 from nestune.tiers.parameters import split_name
 from nestune.tiers.schedule import TierSchedule
 
-DIVERGED_REMEDY = "Lower training.learning_rate, or add training.warmup_steps."
+DIVERGED_REMEDY = "Lower the learning rate (training.learning_rate), or add warm-up (training.warmup_steps)."
 
 
 @dataclass
@@ -48,7 +49,8 @@ class TieredOptimizer(Optimizer):
     parameters: name -> trainable matrix, in the model's order; tier_of: the same names, or ranks of LoRA matrices
     (`...lora_a[0:3]`), -> tier; update_every: period of each tier, None: never; lr: learning rate, times
     lr_scales[tier]; optimizer: any class of torch.optim, which gets `options`. max_grad_norm clips the global norm of
-    what a step applies, over all due tiers; a norm that is not finite raises RunError.
+    what a step applies, over all due tiers; a norm that is not finite raises RunError. Learning-rate schedulers see
+    one group a tier: those that set absolute rates (OneCycleLR, CyclicLR) take a list, one rate for each tier.
     """
 
     def __init__(
@@ -68,20 +70,22 @@ class TieredOptimizer(Optimizer):
         self.grad_norm = 0.0
         self._accumulate = inactive_gradients == "accumulate"
         self._max_grad_norm = max_grad_norm
-        self._matrices = list(parameters.values())
+        self.matrices = list(parameters.values())
         self._parts = [_part(name, tier, parameters) for name, tier in tier_of.items()]
         self._divided = {
             id(matrix): [part for part in self._parts if part.matrix is matrix and part.ranks is not None]
             for matrix in {part.matrix for part in self._parts if part.ranks is not None}
         }
-        self._due = frozenset(range(len(update_every)))
+        self._wanted = frozenset(range(len(update_every)))
         scales = lr_scales if lr_scales is not None else [1.0] * len(update_every)
         groups = [
             {
                 "params": [part.leaf for part in self._parts if part.tier == tier],
+                "param_names": [name for name, of in tier_of.items() if of == tier],
                 "lr": lr * scales[tier],
                 "tier": tier,
                 "update_every": period,
+                "inactive_gradients": inactive_gradients,
                 "lr_scale": scales[tier],
                 "updates": 0,
                 "steps": 0,
@@ -91,8 +95,8 @@ class TieredOptimizer(Optimizer):
         ]
         self._inner = optimizer(groups, lr=lr, **options)
         super().__init__(self._inner.param_groups, self._inner.defaults)
-        share = weakref.WeakMethod(self._share_gradient)
-        for matrix in self._matrices:
+        share = weakref.WeakMethod(self._share)
+        for matrix in self.matrices:
             if id(matrix) in self._divided:
                 matrix.register_post_accumulate_grad_hook(lambda shared: (hook := share()) and hook(shared))
 
@@ -116,12 +120,13 @@ class TieredOptimizer(Optimizer):
 
         `due`: the tiers that will move, by default those of the next step. Below the lowest matrix that needs a
         gradient no graph is built and no activation kept. Under `accumulate` all are needed but those of a tier that
-        never moves.
+        never moves. Where no tier is due nothing requires a gradient, nor does the loss.
         """
-        self._due = self.schedule.due(self.steps + 1) if due is None else due
+        self._wanted = self.schedule.due(self.steps + 1) if due is None else due
         needed = {id(part.matrix) for part in self._parts if self._takes_gradients(part.tier)}
-        for matrix in self._matrices:
+        for matrix in self.matrices:
             matrix.requires_grad_(id(matrix) in needed)
+            self._share(matrix)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -138,13 +143,21 @@ class TieredOptimizer(Optimizer):
 
     @torch.no_grad()
     def update(self, due: frozenset[int]) -> float:
-        """Count one step and move these tiers; returns the global norm, before clipping, of what is applied."""
-        self._due = due
+        """Count one step and move these tiers; returns the global norm, before clipping, of what is applied.
+
+        Raises RunError when `require_gradients` was last called for other tiers, so that one of these has no gradient.
+        """
+        without = sorted(tier for tier in due if not self._takes_gradients(tier))
+        if without:
+            raise RunError(
+                f"tier {', '.join(map(str, without))} is due at step {self.steps + 1}, but its gradients were switched "
+                "off for an earlier step. Call require_gradients() before the forward pass of every step, or never."
+            )
         for group in self.param_groups:
             group["steps"] += 1
             group["summed"] += 1
-        for matrix in self._matrices:
-            self._share_gradient(matrix)
+        for matrix in self.matrices:
+            self._share(matrix)
         for part in self._parts:
             if part.tier in due:
                 self._close_window(part)
@@ -162,9 +175,9 @@ class TieredOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of the last backward pass; open windows stay."""
         super().zero_grad(set_to_none)
-        for matrix in self._matrices:
-            if matrix.grad is not None:
-                matrix.grad = None if set_to_none else torch.zeros_like(matrix)
+        if set_to_none:
+            for matrix in self.matrices:
+                matrix.grad = None
 
     def reset(self) -> None:
         """Start again at step 0, without moments or windows; the parameters stay as they are."""
@@ -173,13 +186,17 @@ class TieredOptimizer(Optimizer):
             group.update(updates=0, steps=0, summed=0)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a saved state, in the middle of a window too. Raises ConfigError when its periods are others."""
-        saved = tuple(group.get("update_every") for group in state_dict["param_groups"])
-        if saved != self.schedule.update_every:
-            raise ConfigError(
-                f"the optimizer's state was saved with periods {list(saved)}, this optimizer has "
-                f"{list(self.schedule.update_every)}. Go on with the periods that it was saved with."
-            )
+        """Go on from a saved state, in the middle of a window too.
+
+        Raises ConfigError, with all that differs, when its periods, policy or assignment of parameters are others.
+        """
+        faults = _differences(state_dict["param_groups"], self.param_groups)
+        if faults:
+            lines = ["the optimizer's state does not fit:", *faults, "Go on with the tiers that it was saved with."]
+            raise ConfigError("\n  ".join(lines))
+        # The model may have been moved or cast since the parts last shared its memory.
+        for matrix in self.matrices:
+            self._share(matrix)
         super().load_state_dict(state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -189,19 +206,32 @@ class TieredOptimizer(Optimizer):
         super().add_param_group(param_group)
 
     def _takes_gradients(self, tier: int) -> bool:
-        return tier in self._due or (self._accumulate and self.schedule.update_every[tier] is not None)
+        return tier in self._wanted or self._has_window(tier)
 
-    def _share_gradient(self, matrix: Tensor) -> None:
-        """Let the parts of a divided matrix share its gradient; a hook, so that an AMP scaler sees it too."""
+    def _has_window(self, tier: int) -> bool:
+        return self._accumulate and self.schedule.update_every[tier] is not None
+
+    def _share(self, matrix: Tensor) -> None:
+        """Let the parts of a divided matrix share its memory and its gradient.
+
+        A hook of the backward pass too, so that an AMP scaler sees the parts' gradients, and that what clips the
+        matrix's sees none of the ranks that will not move.
+        """
         for part in self._divided.get(id(matrix), ()):
             part.leaf.data = part.view(matrix.detach())
             part.leaf.grad = None if matrix.grad is None else part.view(matrix.grad)
+            if part.leaf.grad is not None and not self._takes_gradients(part.tier):
+                part.leaf.grad.zero_()
 
     def _close_window(self, part: _Part) -> None:
         """Turn a due part's gradient into what is applied: under `accumulate` the mean over its window."""
         window = self.state[part.leaf].pop("window", None) if part.leaf in self.state else None
         if window is not None:
-            part.leaf.grad = window if part.leaf.grad is None else part.leaf.grad.add_(window)
+            if part.leaf.grad is None:
+                part.matrix.grad = torch.zeros_like(part.matrix)
+                self._share(part.matrix)
+            assert part.leaf.grad is not None
+            part.leaf.grad.add_(window)
         summed = self.param_groups[part.tier]["summed"]
         if self._accumulate and summed > 1 and part.leaf.grad is not None:
             part.leaf.grad.div_(summed)
@@ -211,11 +241,10 @@ class TieredOptimizer(Optimizer):
         grad = part.leaf.grad
         if grad is None:
             return
-        if self._takes_gradients(part.tier):
+        if self._has_window(part.tier):
             state = self.state[part.leaf]
-            # A view would keep the gradient of the whole matrix in memory.
-            own = grad if part.ranks is None else grad.clone()
-            state["window"] = state["window"].add_(own) if "window" in state else own
+            # A copy: the gradient may be a view of what others write to, such as the whole matrix's.
+            state["window"] = state["window"].add_(grad) if "window" in state else grad.clone()
         if part.ranks is None:
             part.leaf.grad = None
         else:
@@ -224,7 +253,7 @@ class TieredOptimizer(Optimizer):
     def _clip(self) -> float:
         """Clip what is applied to the maximal norm; returns the norm before."""
         # In the model's order, whatever the tiers: a sum of squares is rounded by the order of its terms.
-        moving = [matrix for matrix in self._matrices if matrix.grad is not None]
+        moving = [matrix for matrix in self.matrices if matrix.grad is not None]
         norm = nn.utils.get_total_norm([matrix.grad for matrix in moving if matrix.grad is not None])
         if not math.isfinite(norm):
             raise RunError(f"training diverged: the gradient's norm is {norm}. {DIVERGED_REMEDY}")
@@ -241,3 +270,20 @@ def _part(name: str, tier: int, parameters: Mapping[str, nn.Parameter]) -> _Part
     axis = 0 if matrix_name.endswith("lora_a") else 1
     leaf = nn.Parameter(matrix.detach().narrow(axis, ranks.start, len(ranks)))
     return _Part(tier, matrix, leaf, axis, ranks)
+
+
+def _differences(saved: Sequence[dict[str, Any]], ours: Sequence[dict[str, Any]]) -> list[str]:
+    """What keeps a state from being that of an optimizer with our groups: their moments would meet other parameters."""
+    faults = []
+    for key in ("update_every", "inactive_gradients"):
+        theirs, here = [group.get(key) for group in saved], [group[key] for group in ours]
+        if theirs != here:
+            faults.append(f"its {key} is {theirs}, this optimizer's {here}")
+    held, holds = (
+        [f"{name} on tier {tier}" for tier, group in enumerate(groups) for name in group.get("param_names", ())]
+        for groups in (saved, ours)
+    )
+    other = next((pair for pair in zip_longest(held, holds, fillvalue="nothing") if pair[0] != pair[1]), None)
+    if other is not None:
+        faults.append(f"it has {other[0]}, this optimizer {other[1]} in its place")
+    return faults

@@ -21,14 +21,16 @@ from transformers.utils import logging
 
 from nestune.backends.adapters import read_adapter, write_adapter
 from nestune.backends.base import Loss, StepResult
+from nestune.backends.frozen_lora import shorten_frozen_forward
 from nestune.backends.head_loss import head_loss
+from nestune.backends.lora_modules import trainable_lora
 from nestune.backends.tiered_optimizer import DIVERGED_REMEDY, TieredOptimizer
 from nestune.base_model import resolve_base
 from nestune.config import RunConfig
 from nestune.data.batches import Batch
 from nestune.data.tokens import Tokenizer, load_tokenizer
 from nestune.errors import ConfigError, RunError
-from nestune.tiers.parameters import LoraParameter, parse_parameter
+from nestune.tiers.parameters import LoraParameter
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
@@ -69,13 +71,14 @@ class TorchBackend:
         self._end_ids = frozenset(self._causal.generation_config.eos_token_id)
         torch.manual_seed(config.training.seed)
         self._model = _add_lora(self._causal, config)
+        shorten_frozen_forward(self._model)
         if config.training.gradient_checkpointing:
             _checkpoint_activations(self._causal)
         self._model.eval()
-        trainable = _trainable(self._model)
-        self._described = [described for described, _, _ in trainable.values()]
-        self._parameters = {name: parameter for name, (_, _, parameter) in trainable.items()}
-        self._peft_keys = {name: key.replace(".default.", ".") for name, (_, key, _) in trainable.items()}
+        matrices = trainable_lora(self._model)
+        self._described = [matrix.described for matrix in matrices]
+        self._parameters = {matrix.described.name: matrix.values for matrix in matrices}
+        self._peft_keys = {matrix.described.name: matrix.key.replace(".default.", ".") for matrix in matrices}
         self._untrained = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
         self._head_is_linear, self._positions_at_once = self._probe_head()
         self._optimizer: TieredOptimizer | None = None
@@ -282,22 +285,3 @@ def _checkpoint_activations(causal: Any) -> None:
     # Transformers makes the embeddings' output require a gradient, which re-entrant checkpointing needs: the backward
     # pass would go on down to there at every step.
     causal.disable_input_require_grads()
-
-
-def _trainable(model: nn.Module) -> dict[str, tuple[LoraParameter, str, nn.Parameter]]:
-    """Canonical name -> (description, PyTorch name, parameter) of everything that requires a gradient.
-
-    Raises ConfigError when a trainable parameter is not a LoRA matrix of a layer.
-    """
-    found: dict[str, tuple[LoraParameter, str, nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        described = parse_parameter(name, tuple(parameter.shape))
-        if described is None:
-            raise ConfigError(
-                f"lora.targets: {name} is no LoRA matrix of a layer, so it has no tier. "
-                "Target linear modules of the layers, e.g. [q_proj, v_proj], or all-linear."
-            )
-        found[described.name] = described, name, parameter
-    return found

@@ -5,13 +5,36 @@ Sources of the measures: mean |g|, system A's; mean g^2, the diagonal of the emp
 would change by without the weight (Molchanov et al. 2019, arXiv:1906.10771, equation 8, without the square).
 """
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
+from nestune.errors import ConfigError, RunError
+from nestune.runs import read_json, write_json
 from nestune.tiers.parameters import LoraParameter
 
 Importance = Mapping[str, float]
 """Canonical name of a matrix -> its measure, the mean over its elements and over the measured steps."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a pass over the first training steps found, all that it depends on by name, and the seconds it took.
+
+    `measured_on` has at least the `measure` and the number of `steps`.
+    """
+
+    importance: Importance
+    measured_on: Mapping[str, Any]
+    seconds: float
+
+    @property
+    def cost(self) -> dict[str, Any]:
+        """How many steps were measured, and in what time."""
+        steps = self.measured_on["steps"]
+        return {"steps": steps, "seconds": self.seconds, "seconds_per_step": round(self.seconds / steps, 6)}
 
 
 def rank_groups(
@@ -32,3 +55,37 @@ def rank_groups(
         return sum(importance[p.name] for p in group) / len({(p.layer, p.module) for p in group})
 
     return sorted(groups.values(), key=measure, reverse=True)
+
+
+def check_importance(importance: Importance, measure: str) -> None:
+    """Raise ConfigError when the measures cannot rank anything: one is not finite, or all are zero."""
+    infinite = [name for name, value in importance.items() if not math.isfinite(value)]
+    if infinite:
+        raise ConfigError(
+            f"tiers.importance: the measure {measure} of {infinite[0]} is {importance[infinite[0]]}, and "
+            f"{len(infinite)} of {len(importance)} are not finite. Compute in a wider type (training.precision, "
+            "model.dtype), or take another tiers.strategy."
+        )
+    if not any(importance.values()):
+        raise ConfigError(
+            f"tiers.importance: the measure {measure} of every matrix is 0, so none is more important than another. "
+            "Measure gradient, start from a trained adapter (model.adapter), or take another tiers.strategy."
+        )
+
+
+def write_importance(measured: Measured, path: Path) -> None:
+    """Write a pass as JSON, whole or not at all."""
+    write_json(
+        path, {**measured.cost, "measured_on": dict(measured.measured_on), "importance": dict(measured.importance)}
+    )
+
+
+def read_importance(path: Path) -> Measured:
+    """The pass that a file keeps. Raises RunError when it is missing or holds something else."""
+    remedy = "Delete it, and run nestune tiers again."
+    content = read_json(path, remedy, keys=["measured_on", "importance", "seconds"])
+    try:
+        importance = {str(name): float(value) for name, value in content["importance"].items()}
+        return Measured(importance, dict(content["measured_on"]), float(content["seconds"]))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise RunError(f"{path} holds no measured importances: {type(error).__name__} {error}. {remedy}") from None

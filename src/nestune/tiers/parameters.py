@@ -6,7 +6,7 @@ from typing import Literal
 
 LORA_NAME = re.compile(
     r"(?:^|\.)(?:layers|h|blocks)\.(?P<layer>\d+)\.(?P<module>.+?)\."
-    r"(?:lora|adapter)_(?P<side>[ab])(?:\.default)?(?:\.weight)?$",
+    r"(?:lora|adapter)_(?P<side>[ab])(?:\.(?!bias$)[^.]+)?(?:\.weight)?$",
     re.IGNORECASE,
 )
 RANKS = re.compile(r"(?P<matrix>.+)\[(?P<start>\d+):(?P<stop>\d+)\]")
@@ -44,7 +44,7 @@ class LoraParameter:
 def parse_parameter(name: str, shape: tuple[int, ...]) -> LoraParameter | None:
     """The LoRA matrix that a framework's parameter name stands for; None when it is not one of a layer's.
 
-    Upper and lower case are alike, and `adapter_a` means `lora_a`.
+    Upper and lower case are alike, `adapter_a` means `lora_a`, and PEFT's name of the adapter may stand behind it.
     """
     found = LORA_NAME.search(name)
     if found is None:

@@ -18,3 +18,8 @@ class TierSchedule:
     def update_counts(self, steps: int) -> tuple[int, ...]:
         """How often each tier is updated in the first `steps` steps: floor(steps / period)."""
         return tuple(steps // period if period else 0 for period in self.update_every)
+
+
+def describe_period(period: int | None) -> str:
+    """When a tier of this period moves, in words."""
+    return "never" if period is None else "every step" if period == 1 else f"every {period} steps"

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,14 @@ class TierMap:
 
     A name in `tier_of` is a matrix (`layers.3.self_attn.q_proj.lora_a`) or, where its ranks are on different tiers,
     some of its ranks (`layers.3.self_attn.q_proj.lora_a[0:3]`). `update_every` has None for a tier that never moves.
+    `made_from`: what else decided it, by name.
     """
 
     strategy: str
     update_every: tuple[int | None, ...]
     tier_of: dict[str, int]
     warnings: tuple[str, ...] = ()
+    made_from: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def sha256(self) -> str:
@@ -45,6 +47,7 @@ class TierMap:
             "update_every": list(self.update_every),
             "parameters_per_tier": [len(self.members(tier)) for tier in range(len(self.update_every))],
             "warnings": list(self.warnings),
+            "made_from": dict(self.made_from),
             "sha256": self.sha256,
             "tiers": self.tier_of,
         }
@@ -120,6 +123,7 @@ def read_tier_map(path: Path) -> TierMap:
             tuple(content["update_every"]),
             {str(name): int(tier) for name, tier in content["tiers"].items()},
             tuple(content["warnings"]),
+            dict(content["made_from"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RunError(f"{path} is not a tier map: {type(error).__name__} {error}. {remedy}") from None
@@ -130,10 +134,13 @@ def read_tier_map(path: Path) -> TierMap:
     return tier_map
 
 
-def read_fitting_tier_map(path: Path, parameters: Sequence[LoraParameter], tiers: TierConfig) -> TierMap:
-    """The map in a file that was made for these parameters with this configuration.
+def read_fitting_tier_map(
+    path: Path, parameters: Sequence[LoraParameter], tiers: TierConfig, made_from: Mapping[str, Any] | None = None
+) -> TierMap:
+    """The map in a file that was made for these parameters with this configuration, from `made_from`.
 
-    Raises what `read_tier_map` raises, and RunError when it was made for other parameters, periods or strategy.
+    Raises what `read_tier_map` raises, and RunError when it was made for other parameters, periods or strategy, or
+    from something else.
     """
     remedy = "Run nestune tiers again."
     tier_map = read_tier_map(path)
@@ -142,7 +149,15 @@ def read_fitting_tier_map(path: Path, parameters: Sequence[LoraParameter], tiers
             f"{path} was made with strategy {tier_map.strategy} and periods {list(tier_map.update_every)}; the "
             f"configuration says {tiers.strategy} and {list(tiers.periods)}. {remedy}"
         )
+    differing = _differing(tier_map.made_from, made_from or {})
+    if differing:
+        raise RunError(f"{path} was made from something else ({', '.join(differing)} differ). {remedy}")
     fault = find_fault(tier_map.tier_of, parameters)
     if fault is not None:
         raise RunError(f"{path} is for other parameters: {fault}. {remedy}")
     return tier_map
+
+
+def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The names whose values differ; as JSON text, since of patterns the first that matches counts."""
+    return [name for name in {**one, **other} if json.dumps(one.get(name)) != json.dumps(other.get(name))]
