@@ -44,6 +44,14 @@ class RunPaths:
         return self.root / "tiers.png"
 
     @property
+    def importance(self) -> Path:
+        return self.root / "importance.json"
+
+    @property
+    def importance_picture(self) -> Path:
+        return self.root / "importance.png"
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 

@@ -85,3 +85,15 @@ def test_repro_runs_what_has_changed_and_nothing_else(copy: Path) -> None:
     change(copy, "learning_rate: 1.0e-3", "learning_rate: 3.0e-3")
     assert stages_run(dvc(copy, "repro")) == ["register"]
     assert (copy / "runs/retrain/checkpoints/final/adapter_model.safetensors").read_bytes() == adapter
+
+    # The first steps are what importances are measured on, and their number decides whether a slow tier ever moves.
+    for old, new in (("batch_size: 16", "batch_size: 8"), ("steps: 12", "steps: 3")):
+        change(copy, old, new)
+        assert set(json.loads(dvc(copy, "status", "--json"))) == {"tiers", "train"}
+        change(copy, new, old)
+
+
+def test_importances_are_measured_once_however_often_dvc_runs_the_stage(copy: Path) -> None:
+    change(copy, "layer_depth_reversed", "parameter_importance\n  importance: {steps: 2}")
+    assert "importance: measured, 2 steps" in dvc(copy, "repro", "tiers")
+    assert "importance: taken from the earlier pass, 2 steps" in dvc(copy, "repro", "--force", "--single-item", "tiers")

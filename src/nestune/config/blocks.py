@@ -323,6 +323,16 @@ class RunConfig(Strict):
     gate: GateConfig = GateConfig()
     registry: RegistryConfig = Field(default_factory=RegistryConfig)
 
+    @field_validator("tiers")
+    @classmethod
+    def _taylor_needs_a_parent(cls, tiers: TierConfig, info: ValidationInfo) -> TierConfig:
+        model = info.data.get("model")
+        if tiers.importance.measure == "taylor" and model is not None and model.adapter is None:
+            raise ValueError(
+                "importance.measure taylor is 0 everywhere in a new adapter; set model.adapter, or measure gradient"
+            )
+        return tiers
+
     @field_validator("registry", mode="before")
     @classmethod
     def _named_after_the_run(cls, registry: object, info: ValidationInfo) -> object:

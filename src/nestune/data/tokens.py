@@ -38,6 +38,11 @@ class Row:
     truncated: bool = False
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files in a model folder that decide which tokens a record becomes."""
+    return sorted([*folder.glob("tokenizer*"), *folder.glob("*.jinja")])
+
+
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The fast tokenizer of a model folder; one without a padding token pads with its end token.
 

@@ -14,6 +14,7 @@ from nestune.evaluation.gate import lowest_passing
 from nestune.evaluation.history import History
 from nestune.evaluation.scores import Scores, columns
 from nestune.tiers.picture import TIER_COLORS
+from nestune.tiers.schedule import describe_period
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,10 +72,10 @@ def loss_curves(history: History) -> bytes:
     return png.getvalue()
 
 
-def tier_updates(history: History, update_every: Sequence[int]) -> bytes:
+def tier_updates(history: History, periods: Sequence[int | None]) -> bytes:
     """Which tiers were due at each of the first steps, and how often each was updated over all of them."""
-    tiers, steps = range(len(update_every)), history.steps
-    shown = min(len(steps), max(SHOWN_STEPS[0], min(2 * max(update_every), SHOWN_STEPS[1])))
+    tiers, steps = range(len(periods)), history.steps
+    shown = min(len(steps), max(SHOWN_STEPS[0], min(2 * max(filter(None, periods)), SHOWN_STEPS[1])))
     with _picture(height=2.0 + 0.5 * len(tiers)) as (figure, png):
         due, counts = figure.subplots(1, 2, width_ratios=(1.4, 1))
         for tier in tiers:
@@ -85,8 +86,8 @@ def tier_updates(history: History, update_every: Sequence[int]) -> bytes:
             # Thinner for slower tiers, so that lines that coincide can all be seen.
             counts.step(steps, course, where="post", color=color, linewidth=1.6 + 1.2 * (tiers[-1] - tier))
         labels = [
-            f"tier {tier}, every {period}\nupdates: {history.update_counts[-1][tier]}"
-            for tier, period in enumerate(update_every)
+            f"tier {tier}, {describe_period(period)}\nupdates: {history.update_counts[-1][tier]}"
+            for tier, period in enumerate(periods)
         ]
         due.set(title="Tiers due" if shown == len(steps) else f"Tiers due, first {shown} steps", xlabel="step")
         due.set_yticks(tiers, labels)

@@ -64,7 +64,7 @@ def build_report(evaluation: Evaluation) -> dict[str, Any]:
         "dataset": {"sha256": evaluation.dataset_sha256, "rows": dict(evaluation.rows)},
         "tiers": {
             "strategy": config.tiers.strategy,
-            "update_every": list(config.tiers.update_every),
+            "update_every": list(config.tiers.periods),
             "update_counts": list(history.update_counts[-1]),
         },
         "config": config.model_dump(mode="json"),
@@ -85,7 +85,10 @@ def flat_metrics(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def render_html(report: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
-    """The report as one page that loads nothing. `images`: PNG bytes of `loss`, `tiers` and `retention`."""
+    """The report as one page that loads nothing.
+
+    `images`: PNG bytes of `loss`, `tiers` and `retention`, and of `importance` where it was measured.
+    """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(

@@ -1,47 +1,146 @@
-"""Stage tiers: divide the LoRA parameters among the tiers and write the map down."""
+"""Stage tiers: measure importances where the strategy asks for them, divide the LoRA parameters among the tiers."""
 
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
+from nestune.backends.base import Backend
 from nestune.backends.factory import make_backend
 from nestune.config import RunConfig
-from nestune.runs import RunPaths, record_stage, write_bytes
+from nestune.data.batches import Batch
+from nestune.runs import RunPaths, read_json, record_stage, write_bytes
+from nestune.stages.inputs import TrainingInputs, read_training_inputs, tier_map_depends_on
+from nestune.tiers.importance import Importance, Measured, check_importance, read_importance, write_importance
+from nestune.tiers.importance_picture import plot_importance
+from nestune.tiers.parameters import split_name
 from nestune.tiers.picture import plot_tier_map
+from nestune.tiers.schedule import describe_period
 from nestune.tiers.tier_map import TierMap, assign_tiers, write_tier_map
+from nestune.training.progress import ProgressBar
+
+MEASURING = "measuring importance"
 
 
 @dataclass(frozen=True)
 class AssignResult:
-    """The map that training will follow."""
+    """The map that training will follow; the importances behind it, where it has some.
+
+    `measured_before`: they are those of an earlier pass, as nothing that they depend on has changed.
+    """
 
     tier_map: TierMap
+    measured: Measured | None = None
+    measured_before: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """The result as JSON, without the map itself."""
         content = self.tier_map.as_dict()
         del content["tiers"]
+        if self.measured is not None:
+            content["importance"] = {**self.measured.cost, "measured_before": self.measured_before}
         return content
 
     def summary(self) -> list[str]:
         """The result for a person."""
+        whole = all(split_name(name)[1] is None for name in self.tier_map.tier_of)
+        what = "matrices" if whole else "parts of matrices"
         tiers = [
-            f"tier {tier}: {len(self.tier_map.members(tier))} matrices, every {period} step(s)"
+            f"tier {tier}: {len(self.tier_map.members(tier))} {what}, {describe_period(period)}"
             for tier, period in enumerate(self.tier_map.update_every)
         ]
-        return [f"strategy: {self.tier_map.strategy}", *tiers, *(f"warning: {w}" for w in self.tier_map.warnings)]
+        lines = [f"strategy: {self.tier_map.strategy}", *tiers]
+        if self.measured is not None:
+            cost = "{steps} steps, {seconds:.1f} s, {seconds_per_step:.3f} s a step".format(**self.measured.cost)
+            lines.append(f"importance: {'taken from the earlier pass' if self.measured_before else 'measured'}, {cost}")
+        return [*lines, *(f"warning: {w}" for w in self.tier_map.warnings)]
 
 
 def assign(config: RunConfig, run: RunPaths) -> AssignResult:
-    """Write `tiers.json` and a picture of it. Raises ConfigError when a tier would be empty."""
-    parameters = make_backend(config).lora_parameters()
-    tier_map = assign_tiers(parameters, config.tiers)
-    never = [
-        f"tier {k} never moves: its period {period} is longer than the {config.training.steps} steps"
-        for k, period in enumerate(config.tiers.update_every)
-        if period > config.training.steps
-    ]
-    tier_map = replace(tier_map, warnings=(*tier_map.warnings, *never))
+    """Write `tiers.json` and a picture of it; for strategy parameter_importance, the importances and theirs as well.
+
+    Importances are measured on the first steps of the training to come: the same batches, masks and starting weights,
+    none of which change, and never more than one step's gradients in memory. `importance.json` keeps them, and they
+    are measured again only when something has changed that they depend on.
+
+    Raises ConfigError when a tier would be empty, or the importances rank nothing; RunError when they are to be
+    measured and the run has no validated dataset.
+    """
+    by_importance = config.tiers.strategy == "parameter_importance"
+    inputs = read_training_inputs(config, run) if by_importance else None
+    backend = make_backend(config)
+    parameters = backend.lora_parameters()
+    measured, measured_before = _measure(inputs, backend, run) if inputs else (None, False)
+    importance = measured.importance if measured else {}
+    tier_map = assign_tiers(parameters, config.tiers, importance)
+    tier_map = replace(
+        tier_map,
+        warnings=(*tier_map.warnings, *_warnings(config, importance)),
+        made_from=tier_map_depends_on(config.tiers, measured.measured_on if measured else {}),
+    )
     write_tier_map(tier_map, run.tiers)
     write_bytes(run.tiers_picture, plot_tier_map(parameters, tier_map))
-    record_stage(run, "tiers", [run.config], [run.tiers, run.tiers_picture])
-    return AssignResult(tier_map)
+    read, written = [run.config], [run.tiers, run.tiers_picture]
+    if inputs:
+        picture = plot_importance(parameters, importance, config.tiers.importance.measure)
+        write_bytes(run.importance_picture, picture)
+        read += [run.dataset, *filter(None, [inputs.parent])]
+        written += [run.importance, run.importance_picture]
+    else:
+        # The numbers stay for when they are asked for again; a picture beside a map made without them misleads.
+        run.importance_picture.unlink(missing_ok=True)
+    record_stage(run, "tiers", read, written)
+    return AssignResult(tier_map, measured, measured_before)
+
+
+def importance_behind(run: RunPaths) -> Measured | None:
+    """What the run's tier map was made by; None when it was made without, or `importance.json` is of another map."""
+    if not (run.tiers.exists() and run.importance.exists()):
+        return None
+    made_from = read_json(run.tiers, "Run nestune tiers again.").get("made_from", {})
+    measured = read_importance(run.importance)
+    return measured if made_from | measured.measured_on == made_from else None
+
+
+def _measure(inputs: TrainingInputs, backend: Backend, run: RunPaths) -> tuple[Measured, bool]:
+    """The importances, and whether they are those of an earlier pass."""
+    depends_on = inputs.importance_depends_on(backend.name)
+    earlier = read_importance(run.importance) if run.importance.exists() else None
+    if earlier is not None and earlier.measured_on == depends_on:
+        return earlier, True
+    backend.load_adapter(inputs.parent)
+    settings = inputs.config.tiers.importance
+    steps = islice(inputs.steps(), settings.steps)
+    with ProgressBar(settings.steps, MEASURING) as bar:
+        began = time.perf_counter()
+        importance = backend.measure_importance(_watched(steps, bar), settings.measure)
+        seconds = round(time.perf_counter() - began, 3)
+    check_importance(importance, settings.measure)
+    measured = Measured(importance, depends_on, seconds)
+    write_importance(measured, run.importance)
+    return measured, False
+
+
+def _watched(steps: Iterable[Sequence[Batch]], bar: ProgressBar) -> Iterator[Sequence[Batch]]:
+    """The steps as they are; the next one is asked for when the one before has been measured."""
+    for step, micro_batches in enumerate(steps, start=1):
+        yield micro_batches
+        bar.show(step, MEASURING)
+
+
+def _warnings(config: RunConfig, importance: Importance) -> list[str]:
+    """What of the configuration makes some parameters move less than it seems to say."""
+    warnings = [
+        f"tier {tier} never moves: its period {period} is longer than the {config.training.steps} steps"
+        for tier, period in enumerate(config.tiers.periods)
+        if period is not None and period > config.training.steps
+    ]
+    of_a = [value for name, value in importance.items() if name.endswith("lora_a")]
+    if config.tiers.importance.aggregate == "parameter" and of_a and not any(of_a):
+        place = "first" if config.tiers.importance.reversed else "last"
+        warnings.append(
+            f"every A measures 0, as B is 0 in a new adapter, so each A comes {place}: tiers.importance.aggregate "
+            "module ranks A and B together"
+        )
+    return warnings

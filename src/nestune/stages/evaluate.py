@@ -12,7 +12,7 @@ from nestune.backends.base import Backend
 from nestune.backends.factory import make_backend
 from nestune.base_model import resolve_base
 from nestune.config import RunConfig
-from nestune.data.dataset import check_settings, load_dataset
+from nestune.data.dataset import load_dataset
 from nestune.data.tokens import Row, Tokenizer, load_tokenizer
 from nestune.errors import RunError
 from nestune.evaluation.gate import NEW_TASK, Verdict, decide
@@ -31,6 +31,8 @@ from nestune.runs import (
     write_json,
     write_text,
 )
+from nestune.stages.assign import importance_behind
+from nestune.tiers.importance_picture import plot_importance
 from nestune.training.checkpoints import check_trained
 
 SEAL = "sha256.json"
@@ -86,8 +88,8 @@ def evaluate(config: RunConfig, run: RunPaths, backend: Backend | None = None) -
     folders = _adapter_folders(config, candidate, current)
     history = read_history(run.metrics)
     tokenizer = load_tokenizer(base.folder)
-    check_settings(run.dataset, config.data, config.retention.replay)
-    dataset = load_dataset(run.dataset, tokenizer, base.row_limit(config.data.max_seq_length))
+    row_limit = base.row_limit(config.data.max_seq_length)
+    dataset = load_dataset(config.data, config.retention.replay, tokenizer, row_limit, run.dataset)
     sets = {NEW_TASK: dataset.valid, **dataset.retention}
     backend = backend or make_backend(config)
     adapters = {model: sha256_file(folder / WEIGHTS) if folder else None for model, folder in folders.items()}
@@ -106,7 +108,7 @@ def evaluate(config: RunConfig, run: RunPaths, backend: Backend | None = None) -
         verdict=verdict,
     )
     with replaced_folder(run.evaluation) as folder:
-        _write(evaluation, folder)
+        _write(evaluation, _importance_picture(backend, run), folder)
         seal(folder, candidate)
     record_stage(run, "evaluate", inputs=[run.dataset, candidate, run.metrics], outputs=[run.evaluation])
     return EvaluateResult(verdict, evaluation.champion_version, scores, run.evaluation / "report.html")
@@ -159,12 +161,22 @@ def _score_once(
     return {model: scored[adapters[model]] for model in folders}
 
 
-def _write(evaluation: Evaluation, folder: Path) -> None:
+def _importance_picture(backend: Backend, run: RunPaths) -> dict[str, bytes]:
+    """The picture of the importances by name; none where the tier map was made without any."""
+    measured = importance_behind(run)
+    if measured is None:
+        return {}
+    measure = measured.measured_on["measure"]
+    return {"importance": plot_importance(backend.lora_parameters(), measured.importance, measure)}
+
+
+def _write(evaluation: Evaluation, more_images: Mapping[str, bytes], folder: Path) -> None:
     report = build_report(evaluation)
     images = {
         "loss": loss_curves(evaluation.history),
-        "tiers": tier_updates(evaluation.history, evaluation.config.tiers.update_every),
+        "tiers": tier_updates(evaluation.history, evaluation.config.tiers.periods),
         "retention": retention_bars(evaluation.scores, evaluation.config.gate),
+        **more_images,
     }
     write_json(folder / "report.json", report)
     write_json(folder / "metrics.json", flat_metrics(report))

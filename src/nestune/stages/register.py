@@ -10,6 +10,7 @@ from nestune.config import RunConfig, dump_config
 from nestune.registry.tracking import TrackedRun, resume_tracking, start_tracking
 from nestune.registry.versions import aliases_of, promote_version, register_version, tag_version
 from nestune.runs import RunPaths, read_json, record_stage, write_json, write_text
+from nestune.stages.assign import importance_behind
 from nestune.stages.evaluate import EVALUATE_AGAIN, check_seal
 
 
@@ -113,7 +114,9 @@ def _log_evaluation(tracked: TrackedRun, run: RunPaths, report: Mapping[str, Any
     }
     tracked.log_metrics(report["candidate"]["step"], numbers)
     tracked.flush()
-    files = (run.tiers, run.tiers_picture, run.manifest, run.config)
+    files = [run.tiers, run.tiers_picture, run.manifest, run.config]
+    if importance_behind(run) is not None:
+        files += [run.importance, run.importance_picture]
     tracked.log_files(*(path for path in files if path.exists()))
     tracked.log_files(run.evaluation, folder="evaluation")
     tracked.log_files(run.dataset / "report.json", folder="dataset")

@@ -7,12 +7,11 @@ from nestune.backends.adapters import WEIGHTS
 from nestune.backends.factory import check_backend, make_backend
 from nestune.base_model import resolve_base
 from nestune.config import RunConfig, dump_config
-from nestune.data.batches import evaluation_batches, training_steps
-from nestune.data.dataset import check_settings, load_dataset
-from nestune.data.tokens import load_tokenizer
+from nestune.data.batches import evaluation_batches
 from nestune.registry.tracking import TrackedRun, tracked_run
 from nestune.registry.versions import fitting_champion, resolve_adapter
 from nestune.runs import RunPaths, kept_until_replaced, record_stage, sha256_file, write_text
+from nestune.stages.inputs import read_training_inputs, tier_map_depends_on
 from nestune.tiers.schedule import TierSchedule
 from nestune.tiers.tier_map import read_fitting_tier_map
 from nestune.training.checkpoints import Checkpoints, refuse_other_checkpoints
@@ -66,19 +65,15 @@ def train(config: RunConfig, run: RunPaths, overwrite: bool = False) -> TrainRes
     RunError when an earlier stage is missing or its files have changed, or when training diverges.
     """
     check_before_training(config, run, overwrite)
-    base = resolve_base(config.model)
-    tokenizer = load_tokenizer(base.folder)
-    check_settings(run.dataset, config.data, config.retention.replay)
-    dataset = load_dataset(run.dataset, tokenizer, base.row_limit(config.data.max_seq_length))
+    inputs = read_training_inputs(config, run)
+    base, dataset = inputs.base, inputs.dataset
     backend = make_backend(config)
-    tier_map = read_fitting_tier_map(run.tiers, backend.lora_parameters(), config.tiers)
-    if config.model.adapter is not None:
-        backend.load_adapter(resolve_adapter(config.model.adapter, config.registry))
+    made_from = tier_map_depends_on(config.tiers, inputs.importance_depends_on(backend.name))
+    tier_map = read_fitting_tier_map(run.tiers, backend.lora_parameters(), config.tiers, made_from)
+    backend.load_adapter(inputs.parent)
     backend.prepare_training(tier_map.tier_of)
-    pad_id = int(tokenizer.pad_token_id)
-    replay_rows = config.retention.replay.rows_per_step
-    steps = training_steps(dataset.train, config.training, pad_id, dataset.replay, replay_rows)
-    valid = list(evaluation_batches(dataset.valid, config.evaluation.batch_size, pad_id))
+    steps = inputs.steps()
+    valid = list(evaluation_batches(dataset.valid, config.evaluation.batch_size, inputs.pad_id))
 
     write_text(run.config, dump_config(config))
     checkpoints = Checkpoints(run.checkpoints, backend, base, config)

@@ -7,7 +7,7 @@ from typing import Any
 from nestune.base_model import resolve_base
 from nestune.config import RunConfig, dump_config
 from nestune.data.report import DatasetReport
-from nestune.data.tokens import load_tokenizer
+from nestune.data.tokens import load_tokenizer, tokenizer_files
 from nestune.data.validation import build_dataset
 from nestune.runs import RunPaths, record_stage, write_text
 
@@ -46,11 +46,10 @@ def validate(config: RunConfig, run: RunPaths) -> ValidateResult:
     data = config.data.model_copy(update={"max_seq_length": base.row_limit(config.data.max_seq_length)})
     report = build_dataset(data, config.retention.replay, load_tokenizer(base.folder), run.dataset)
     write_text(run.config, dump_config(config))
-    tokenizer_files = [*base.folder.glob("tokenizer*"), *base.folder.glob("*.jinja")]
     record_stage(
         run,
         "validate",
-        inputs=[*map(Path, report.sources), *sorted(tokenizer_files)],
+        inputs=[*map(Path, report.sources), *tokenizer_files(base.folder)],
         outputs=[run.config, run.dataset],
     )
     return ValidateResult(run.dataset, report)

@@ -38,9 +38,12 @@ class Measured:
 
 
 def rank_groups(
-    parameters: Sequence[LoraParameter], importance: Importance, aggregate: Literal["parameter", "module", "layer"]
+    parameters: Sequence[LoraParameter],
+    importance: Importance,
+    aggregate: Literal["parameter", "module", "layer"],
+    least_first: bool = False,
 ) -> list[list[LoraParameter]]:
-    """Groups of matrices, the most important first; ties in the model's order.
+    """Groups of matrices, the most important first (or the least); ties in the model's order either way.
 
     A group's importance is the mean over its modules of (measure of A + measure of B). In a new adapter B is zero,
     so A has no gradient at all: taken together, B alone decides there, and neither A's size nor its zeros dilute it;
@@ -54,7 +57,7 @@ def rank_groups(
     def measure(group: list[LoraParameter]) -> float:
         return sum(importance[p.name] for p in group) / len({(p.layer, p.module) for p in group})
 
-    return sorted(groups.values(), key=measure, reverse=True)
+    return sorted(groups.values(), key=measure, reverse=not least_first)
 
 
 def check_importance(importance: Importance, measure: str) -> None:

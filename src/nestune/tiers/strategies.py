@@ -37,11 +37,10 @@ def by_importance(parameters: Sequence[LoraParameter], tiers: TierConfig, import
 
     What is ranked is set by `tiers.importance.aggregate`. Ties are broken by the model's order.
     """
-    groups = rank_groups(parameters, importance, tiers.importance.aggregate)
-    if tiers.importance.reversed:
-        groups.reverse()
+    settings = tiers.importance
+    groups = rank_groups(parameters, importance, settings.aggregate, least_first=settings.reversed)
     names = [tuple(p.name for p in group) for group in groups]
-    tier_of = split_evenly(names, len(tiers.update_every), f"{tiers.importance.aggregate}s")
+    tier_of = split_evenly(names, len(tiers.update_every), f"{settings.aggregate}s")
     return {name: tier for group, tier in tier_of.items() for name in group}
 
 

@@ -40,7 +40,7 @@ class Checkpoints:
                     "sha256": self._base.sha256,
                 },
                 "tier_statistics": {
-                    "update_every": list(self._config.tiers.update_every),
+                    "update_every": list(self._config.tiers.periods),
                     "update_counts": list(update_counts),
                 },
                 "backend": self._backend.name,

@@ -1,4 +1,4 @@
-"""The progress of training for a person: a bar on a terminal, some plain lines elsewhere."""
+"""The progress of many steps for a person: a bar on a terminal, some plain lines elsewhere."""
 
 import time
 from types import TracebackType
@@ -11,16 +11,16 @@ PLAIN_LINES = 10
 
 
 class ProgressBar:
-    """Shows step, loss, due tiers, tokens/s and time left on standard error; a `Listener`."""
+    """Shows step and time left on standard error; of training, as a `Listener`, also loss, due tiers and tokens/s."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, text: str = "training") -> None:
         self._steps = steps
         self._valid_loss = ""
         self._began = time.monotonic()
         self._console = Console(stderr=True)
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
         self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
-        self._task = self._bar.add_task("training", total=steps)
+        self._task = self._bar.add_task(text, total=steps)
 
     def __enter__(self) -> "ProgressBar":
         self._began = time.monotonic()
@@ -33,16 +33,20 @@ class ProgressBar:
         self._bar.stop()
 
     def on_step(self, line: dict[str, Any]) -> None:
-        """Move the bar; without a terminal, print a line after every tenth of the steps."""
+        """Show a step of training."""
         due = ",".join(map(str, line["due"])) or "-"
         text = f"loss {line['loss']:.3f}{self._valid_loss} · tiers {due:<5} · {line['tokens_per_s']:,.0f} tokens/s"
-        self._bar.update(self._task, completed=line["step"], description=text)
-        every = max(1, self._steps // PLAIN_LINES)
-        if not self._console.is_terminal and line["step"] % every == 0:
-            left_s = (self._steps - line["step"]) * (time.monotonic() - self._began) / line["step"]
-            shown = f"step {line['step']}/{self._steps} · {text} · {left_s:.0f} s left"
-            self._console.print(shown, highlight=False, soft_wrap=True)
+        self.show(line["step"], text)
 
     def on_validation(self, line: dict[str, Any]) -> None:
         """Show the validation loss from now on."""
         self._valid_loss = f" · valid {line['valid_loss']:.3f}"
+
+    def show(self, step: int, text: str) -> None:
+        """Move the bar; without a terminal, print a line after every tenth of the steps."""
+        self._bar.update(self._task, completed=step, description=text)
+        every = max(1, self._steps // PLAIN_LINES)
+        if not self._console.is_terminal and step % every == 0:
+            left_s = (self._steps - step) * (time.monotonic() - self._began) / step
+            shown = f"step {step}/{self._steps} · {text} · {left_s:.0f} s left"
+            self._console.print(shown, highlight=False, soft_wrap=True)

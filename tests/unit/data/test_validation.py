@@ -54,13 +54,12 @@ def test_every_set_gets_its_file_with_the_records_as_they_were(build, write, tmp
 
 
 def test_the_dataset_is_read_back_as_it_was_written(build, write, tmp_path, tokenizer):
-    report = build(
-        train=write("train.jsonl", [chat("hi", "hello"), *texts(1)]),
-        valid=write("valid.jsonl", texts(2)),
-        retention={"old": write("old.jsonl", texts(3))},
-        replay=(write("r0.jsonl", texts(5, 6)), write("r1.jsonl", texts(7))),
-    )
-    dataset = load_dataset(tmp_path / "dataset", tokenizer, 2048)
+    train = write("train.jsonl", [chat("hi", "hello"), *texts(1)])
+    valid, old = write("valid.jsonl", texts(2)), write("old.jsonl", texts(3))
+    replay = (write("r0.jsonl", texts(5, 6)), write("r1.jsonl", texts(7)))
+    report = build(train=train, valid=valid, retention={"old": old}, replay=replay)
+    data = DataConfig(train=train, valid=valid, retention={"old": old})
+    dataset = load_dataset(data, ReplayConfig(files=replay), tokenizer, 2048, tmp_path / "dataset")
     assert dataset.sha256 == report.sha256
     assert [row.answer for row in dataset.train] == ["hello", None]
     decoded = [[tokenizer.decode(row.tokens) for row in rows] for rows in [dataset.valid, *dataset.replay]]
@@ -69,16 +68,20 @@ def test_the_dataset_is_read_back_as_it_was_written(build, write, tmp_path, toke
 
 
 def test_a_dataset_changed_since_validation_is_refused(build, write, tmp_path, tokenizer):
-    build(train=write("train.jsonl", texts(*range(10))))
-    folder = tmp_path / "dataset"
+    train = write("train.jsonl", texts(*range(10)))
+    build(train=train)
+    data, replay, folder = DataConfig(train=train), ReplayConfig(), tmp_path / "dataset"
     with pytest.raises(RunError, match="good when it was validated, with other settings"):
-        load_dataset(folder, tokenizer, 1)
+        _ = load_dataset(data, replay, tokenizer, 1, folder).train
+    other = DataConfig(train=train, valid=0.3, allow_duplicates=True)
+    with pytest.raises(RunError, match=r"other settings \(valid, allow_duplicates differ\)\. Run nestune validate"):
+        load_dataset(other, replay, tokenizer, 2048, folder)
     (folder / "train.jsonl").write_bytes((folder / "train.jsonl").read_bytes() + b'{"text": "more"}\n')
     (folder / "valid.jsonl").unlink()
     with pytest.raises(RunError, match=r"train\.jsonl, valid\.jsonl changed since validation\. Run nestune validate"):
-        load_dataset(folder, tokenizer, 2048)
+        load_dataset(data, replay, tokenizer, 2048, folder)
     with pytest.raises(RunError, match=r"cannot read .*Run nestune validate"):
-        load_dataset(tmp_path / "nowhere", tokenizer, 2048)
+        load_dataset(data, replay, tokenizer, 2048, tmp_path / "nowhere")
 
 
 def test_the_report_counts_what_is_in_each_set(build, write, tokenizer):

@@ -86,7 +86,7 @@ def run(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunPaths
     base = resolve_base(config.model)
     tokenizer = load_tokenizer(base.folder)
     build_dataset(config.data, config.retention.replay, tokenizer, run.dataset)
-    dataset = load_dataset(run.dataset, tokenizer, config.data.max_seq_length)
+    dataset = load_dataset(config.data, config.retention.replay, tokenizer, config.data.max_seq_length, run.dataset)
     backend = make_backend(config)
     backend.prepare_training({parameter.name: 1 - parameter.layer for parameter in backend.lora_parameters()})
     steps = training_steps(dataset.train, config.training, tokenizer.pad_token_id)

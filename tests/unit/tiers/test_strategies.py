@@ -120,10 +120,11 @@ def test_reversed_importance_makes_the_most_important_slow(aggregate: str) -> No
     assert mirrored == {name: 2 - tier for name, tier in tier_of.items()}
 
 
+@pytest.mark.parametrize("order", [False, True], ids=["", "reversed"])
 @pytest.mark.parametrize("aggregate", ["parameter", "module", "layer"])
-def test_equally_important_ones_are_in_the_order_of_the_model(aggregate: str) -> None:
+def test_equally_important_ones_are_in_the_order_of_the_model(aggregate: str, order: bool) -> None:
     described = parameters(6)
-    tier_of = by_importance(described, {p.name: 1.0 for p in described}, aggregate=aggregate)
+    tier_of = by_importance(described, {p.name: 1.0 for p in described}, aggregate=aggregate, reversed=order)
     assert [tier_of[p.name] for p in described] == [0] * 8 + [1] * 8 + [2] * 8
 
 

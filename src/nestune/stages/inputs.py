@@ -1,0 +1,76 @@
+"""What training starts from, and what its tier map was made from; the importance pass starts from the same."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from nestune.backends.adapters import WEIGHTS
+from nestune.base_model import BaseModel, resolve_base
+from nestune.config import RunConfig, TierConfig
+from nestune.data.batches import Batch, training_steps
+from nestune.data.dataset import Dataset, load_dataset
+from nestune.data.tokens import load_tokenizer, tokenizer_files
+from nestune.registry.versions import resolve_adapter
+from nestune.runs import RunPaths, sha256_file, sha256_files
+
+
+@dataclass(frozen=True)
+class TrainingInputs:
+    """The base, the validated dataset, the token that pads, and the parent adapter's folder; None: a new adapter."""
+
+    config: RunConfig
+    base: BaseModel
+    dataset: Dataset
+    pad_id: int
+    parent: Path | None
+
+    def steps(self) -> Iterator[list[Batch]]:
+        """The micro-batches of one training step after the other, without end; the same ones at every call."""
+        replay_rows = self.config.retention.replay.rows_per_step
+        return training_steps(self.dataset.train, self.config.training, self.pad_id, self.dataset.replay, replay_rows)
+
+    def importance_depends_on(self, backend: str) -> dict[str, Any]:
+        """All that the importances of this training depend on, by name, as JSON has it."""
+        importance, training, replay = self.config.tiers.importance, self.config.training, self.config.retention.replay
+        of_training = {"batch_size", "gradient_accumulation_steps", "seed", "precision"}
+        return {
+            "measure": importance.measure,
+            "steps": importance.steps,
+            "dataset_sha256": self.dataset.sha256,
+            "base_sha256": self.base.sha256,
+            "tokenizer_sha256": sha256_files(self.base.folder, tokenizer_files(self.base.folder)),
+            "parent_sha256": sha256_file(self.parent / WEIGHTS) if self.parent else None,
+            "lora": self.config.lora.model_dump(mode="json"),
+            "dtype": self.config.model.dtype,
+            "row_limit": self.base.row_limit(self.config.data.max_seq_length),
+            "replay_rows_per_step": replay.rows_per_step if replay.files else 0,
+            **training.model_dump(mode="json", include=of_training),
+            "backend": backend,
+            "nestune": version("nestune"),
+        }
+
+
+def read_training_inputs(config: RunConfig, run: RunPaths) -> TrainingInputs:
+    """Read what a run is trained on.
+
+    Raises RunError when the dataset is missing, has changed, or was made with other settings; ConfigError when there
+    is no such base or parent adapter.
+    """
+    base = resolve_base(config.model)
+    tokenizer = load_tokenizer(base.folder)
+    row_limit = base.row_limit(config.data.max_seq_length)
+    dataset = load_dataset(config.data, config.retention.replay, tokenizer, row_limit, run.dataset)
+    parent = resolve_adapter(config.model.adapter, config.registry) if config.model.adapter else None
+    return TrainingInputs(config, base, dataset, int(tokenizer.pad_token_id), parent)
+
+
+def tier_map_depends_on(tiers: TierConfig, measured_on: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides a tier map beside parameters, strategy and periods, by name, as JSON has it.
+
+    `measured_on`: what the importances depend on; it counts only for the strategy that asks for them.
+    """
+    if tiers.strategy == "parameter_importance":
+        return {**tiers.importance.model_dump(include={"aggregate", "reversed"}), **measured_on}
+    return tiers.model_dump(include={"assignments", "seed"})
