@@ -7,9 +7,11 @@
     SFTTrainer(model, train_dataset=rows, optimizers=(optimizer, None), callbacks=[callback]).train()
 
 A loop of one's own calls `optimizer.require_gradients()` before the forward pass of every step, so that nothing is
-computed for tiers that are not due; else it is an ordinary loop. Without that call it trains the same, at full cost.
+computed for tiers that are not due; else it is an ordinary loop. Without that call, and clipping by `max_grad_norm` of
+the optimizer, it trains the same at full cost; clipping of its own would count gradients that are not applied.
 """
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -38,13 +40,17 @@ OPTIMIZER_OPTIONS = ("inactive_gradients", "lr_scale")
 def tier_map(model: nn.Module, **tiers: Any) -> TierMap:
     """Divide a model's trainable LoRA matrices among tiers.
 
-    tiers: the options of a configuration's block `tiers`, e.g. `update_every=[1, 8, 64], strategy="stacked"`. Raises
+    tiers: the options of a configuration's block `tiers`, e.g. `update_every=[1, 8, 64], strategy="stacked"`, but for
+    `lr_scale` and `inactive_gradients`, which are the optimizer's. What the map's `warnings` say is warned of. Raises
     ConfigError with every fault of them at once, for a model with other trainable parameters, and for strategy
     parameter_importance: its measurements are those of a run, whose `tiers.json` `tiered_optimizer` takes.
     """
     misplaced = [f"{name}: give it to tiered_optimizer." for name in OPTIMIZER_OPTIONS if name in tiers]
     config = _tier_config({name: value for name, value in tiers.items() if name not in OPTIMIZER_OPTIONS}, misplaced)
-    return assign_tiers([matrix.described for matrix in trainable_lora(model)], config)
+    divided = assign_tiers([matrix.described for matrix in trainable_lora(model)], config)
+    for warning in divided.warnings:
+        warnings.warn(warning, stacklevel=2)
+    return divided
 
 
 def tiered_optimizer(
@@ -65,11 +71,19 @@ def tiered_optimizer(
     max_grad_norm: clips the global norm of what a step applies; None: no clipping here. Raises ConfigError when
     the map does not fit the model or an option is wrong, and RunError when the file holds no map.
     """
-    if not isinstance(tier_map, TierMap):
+    if isinstance(tier_map, str | os.PathLike):
         tier_map = read_tier_map(Path(tier_map))
+    if not isinstance(tier_map, TierMap):
+        raise ConfigError(
+            f"tier_map is a {type(tier_map).__name__}; give what nestune.tier_map returns, or a tiers.json."
+        )
     matrices = trainable_lora(model)
     _check_fit(tier_map, [matrix.described for matrix in matrices])
     faults = []
+    if isinstance(lr, bool) or not isinstance(lr, int | float) or not 0 <= lr < math.inf:
+        faults.append(f"lr: must be a number, at least 0 (seen: {lr!r}).")
+    if not (isinstance(optimizer, type) and issubclass(optimizer, Optimizer)):
+        faults.append(f"optimizer: must be a class such as torch.optim.AdamW (seen: {optimizer!r}).")
     if max_grad_norm is not None and max_grad_norm <= 0:
         faults.append(f"max_grad_norm: must be above 0, or None for no clipping here (seen: {max_grad_norm}).")
     # A tier that never moves has no period: any will do for its learning rate, which is never used.
@@ -82,17 +96,20 @@ def tiered_optimizer(
         },
         faults,
     )
-    return TieredOptimizer(
-        {matrix.described.name: matrix.values for matrix in matrices},
-        tier_map.tier_of,
-        tier_map.update_every,
-        lr=lr,
-        lr_scales=config.lr_scales,
-        inactive_gradients=config.inactive_gradients,
-        max_grad_norm=max_grad_norm,
-        optimizer=optimizer,
-        **options,
-    )
+    try:
+        return TieredOptimizer(
+            {matrix.described.name: matrix.values for matrix in matrices},
+            tier_map.tier_of,
+            tier_map.update_every,
+            lr=lr,
+            lr_scales=config.lr_scales,
+            inactive_gradients=config.inactive_gradients,
+            max_grad_norm=max_grad_norm,
+            optimizer=optimizer,
+            **options,
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{optimizer.__name__} takes other options than {options}: {error}") from error
 
 
 class TierCallback(TrainerCallback):
@@ -109,6 +126,10 @@ class TierCallback(TrainerCallback):
     """
 
     def __init__(self, optimizer: TieredOptimizer) -> None:
+        if not isinstance(optimizer, TieredOptimizer):
+            raise ConfigError(
+                f"TierCallback takes what nestune.tiered_optimizer returns, not a {type(optimizer).__name__}."
+            )
         self._optimizer = optimizer
         self._policy = optimizer.param_groups[0]["inactive_gradients"]
         self._hooks: list[RemovableHandle] = []
@@ -130,9 +151,6 @@ class TierCallback(TrainerCallback):
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         self._optimizer.require_gradients()
-        if not any(matrix.requires_grad for matrix in self._optimizer.matrices):
-            # No tier is due, yet the trainer runs a backward pass: a short one, whose gradient the step forgets.
-            self._optimizer.matrices[-1].requires_grad_(True)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         if "loss" in kw["logs"]:

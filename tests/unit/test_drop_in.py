@@ -133,6 +133,34 @@ def test_wrong_options_of_the_optimizer_are_told_all_at_once(model: PeftModel) -
     )
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"lr": -1}, "lr: must be a number, at least 0 (seen: -1)"),
+        ({"lr": "1e-3"}, "(seen: '1e-3')"),
+        ({"optimizer": "adamw"}, "a class such as torch.optim.AdamW (seen: 'adamw')"),
+        ({"decay": 0.1}, "AdamW takes other options than {'decay': 0.1}"),
+        ({"tier_map": {}}, "tier_map is a dict"),
+    ],
+)
+def test_an_option_that_torch_would_stumble_over_is_told(model: PeftModel, options: Any, told: str) -> None:
+    good: Any = {"tier_map": nestune.tier_map(model, update_every=[1, 2]), "lr": 0.1}
+    with pytest.raises(ConfigError) as refused:
+        nestune.tiered_optimizer(model, **(good | options))
+    assert told in str(refused.value)
+
+
+def test_what_a_map_warns_of_is_warned_of(model: PeftModel) -> None:
+    with pytest.warns(UserWarning, match=r"12 parameters on no tier go to the slowest"):
+        nestune.tier_map(model, update_every=[1, 2], strategy="manual", assignments={"*q_proj*": 0})
+
+
+def test_the_callback_takes_a_tiered_optimizer_only(model: PeftModel) -> None:
+    wrong: Any = model
+    with pytest.raises(ConfigError, match="not a PeftModel"):
+        nestune.TierCallback(wrong)
+
+
 class Distributed(TrainingArguments):
     parallel_mode = ParallelMode.DISTRIBUTED
 

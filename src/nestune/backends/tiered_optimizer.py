@@ -76,12 +76,14 @@ class TieredOptimizer(Optimizer):
             id(matrix): [part for part in self._parts if part.matrix is matrix and part.ranks is not None]
             for matrix in {part.matrix for part in self._parts if part.ranks is not None}
         }
-        self._wanted = frozenset(range(len(update_every)))
+        self._all = frozenset(range(len(update_every)))
+        self._wanted = self._all
         scales = lr_scales if lr_scales is not None else [1.0] * len(update_every)
         groups = [
             {
                 "params": [part.leaf for part in self._parts if part.tier == tier],
                 "param_names": [name for name, of in tier_of.items() if of == tier],
+                "param_shapes": [list(part.leaf.shape) for part in self._parts if part.tier == tier],
                 "lr": lr * scales[tier],
                 "tier": tier,
                 "update_every": period,
@@ -95,6 +97,11 @@ class TieredOptimizer(Optimizer):
         ]
         self._inner = optimizer(groups, lr=lr, **options)
         super().__init__(self._inner.param_groups, self._inner.defaults)
+        if self._divided and any(group.get("fused") for group in self.param_groups):
+            # PyTorch's fused kernels take a parameter's memory for contiguous; some ranks of a B are columns of it.
+            raise ConfigError(
+                "fused: such an optimizer cannot move some ranks of a matrix (strategy stacked); leave it out."
+            )
         share = weakref.WeakMethod(self._share)
         for matrix in self.matrices:
             if id(matrix) in self._divided:
@@ -120,10 +127,13 @@ class TieredOptimizer(Optimizer):
 
         `due`: the tiers that will move, by default those of the next step. Below the lowest matrix that needs a
         gradient no graph is built and no activation kept. Under `accumulate` all are needed but those of a tier that
-        never moves. Where no tier is due nothing requires a gradient, nor does the loss.
+        never moves. At a step at which no tier is due, the last matrix requires a gradient, so that a loop may run its
+        (short) backward pass as ever; `step` forgets it. With an empty `due` nothing does, nor does the loss.
         """
         self._wanted = self.schedule.due(self.steps + 1) if due is None else due
         needed = {id(part.matrix) for part in self._parts if self._takes_gradients(part.tier)}
+        if due is None and not needed:
+            needed = {id(self.matrices[-1])}
         for matrix in self.matrices:
             matrix.requires_grad_(id(matrix) in needed)
             self._share(matrix)
@@ -145,9 +155,11 @@ class TieredOptimizer(Optimizer):
     def update(self, due: frozenset[int]) -> float:
         """Count one step and move these tiers; returns the global norm, before clipping, of what is applied.
 
-        Raises RunError when `require_gradients` was last called for other tiers, so that one of these has no gradient.
+        Raises RunError when `require_gradients` was last called for other tiers, so that one of these has no gradient;
+        and when the norm is not finite: open windows are lost then, so that one goes on from a saved state.
         """
-        without = sorted(tier for tier in due if not self._takes_gradients(tier))
+        switched_on = {part.tier for part in self._parts if part.matrix.requires_grad}
+        without = sorted(due - switched_on)
         if without:
             raise RunError(
                 f"tier {', '.join(map(str, without))} is due at step {self.steps + 1}, but its gradients were switched "
@@ -170,6 +182,8 @@ class TieredOptimizer(Optimizer):
         for group in moving:
             group["updates"] += 1
             group["summed"] = 0
+        # What was wanted was for this step: another optimizer of these matrices may follow.
+        self._wanted = self._all
         return self.grad_norm
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -188,7 +202,8 @@ class TieredOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a saved state, in the middle of a window too.
 
-        Raises ConfigError, with all that differs, when its periods, policy or assignment of parameters are others.
+        Raises ConfigError, with all that differs, when its periods, policy, assignment or shapes of parameters are
+        others, or it was saved by an optimizer without an option that this one has.
         """
         faults = _differences(state_dict["param_groups"], self.param_groups)
         if faults:
@@ -198,6 +213,12 @@ class TieredOptimizer(Optimizer):
         for matrix in self.matrices:
             self._share(matrix)
         super().load_state_dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refused: a copy's parts would no longer share the memory of its matrices."""
+        raise TypeError(
+            "a tiered optimizer cannot be copied or pickled; save its state_dict() and load it into another"
+        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused but for the groups that this optimizer makes itself: a parameter without a tier has no period."""
@@ -279,8 +300,15 @@ def _differences(saved: Sequence[dict[str, Any]], ours: Sequence[dict[str, Any]]
         theirs, here = [group.get(key) for group in saved], [group[key] for group in ours]
         if theirs != here:
             faults.append(f"its {key} is {theirs}, this optimizer's {here}")
+    missing = sorted({option for group in ours for option in group} - {option for group in saved for option in group})
+    if missing:
+        faults.append(f"it was saved by another optimizer, without {', '.join(missing)}")
     held, holds = (
-        [f"{name} on tier {tier}" for tier, group in enumerate(groups) for name in group.get("param_names", ())]
+        [
+            f"{name} {shape} on tier {tier}"
+            for tier, group in enumerate(groups)
+            for name, shape in zip(group.get("param_names", ()), group.get("param_shapes", ()), strict=False)
+        ]
         for groups in (saved, ours)
     )
     other = next((pair for pair in zip_longest(held, holds, fillvalue="nothing") if pair[0] != pair[1]), None)

@@ -128,9 +128,10 @@ class TorchBackend:
             self._backward(micro_batches)
             count += 1
             for name, parameter in self._parameters.items():
-                assert parameter.grad is not None
-                totals[name] += of_a_step(parameter.detach(), parameter.grad).mean()
-                parameter.grad = None
+                # None where the step left the layer out, as models that drop layers at random do: no gradient, 0.
+                if parameter.grad is not None:
+                    totals[name] += of_a_step(parameter.detach(), parameter.grad).mean()
+                    parameter.grad = None
         return {name: total.item() / count for name, total in totals.items()}
 
     def loss(self, batches: Iterable[Batch]) -> Loss:

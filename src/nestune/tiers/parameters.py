@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 LORA_NAME = re.compile(
-    r"(?:^|\.)(?:layers|h|blocks)\.(?P<layer>\d+)\.(?P<module>.+?)\."
+    r"(?:^|\.)(?:layers?|h|blocks?)\.(?P<layer>\d+)\.(?P<module>.+?)\."
     r"(?:lora|adapter)_(?P<side>[ab])(?:\.(?!bias$)[^.]+)?(?:\.weight)?$",
     re.IGNORECASE,
 )

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from nestune.backends.lora_modules import trainable_lora
 from nestune.errors import ConfigError
@@ -67,15 +67,21 @@ def with_a_norm(model: PeftModel) -> None:
 @pytest.mark.parametrize(
     ("options", "change", "told"),
     [
-        ({"modules_to_save": ["lm_head"]}, None, [r"modules_to_save\.default\.weight"]),
-        ({"use_dora": True}, None, [r"lora_magnitude_vector", r"\(42 in all\)", "all-linear"]),
-        ({"lora_bias": True}, None, [r"lora_B\.default\.bias"]),
-        ({}, with_a_norm, [r"trainable, but no LoRA matrix of a layer.*model\.norm\.weight"]),
+        ({"modules_to_save": ["lm_head"]}, None, [r"modules_to_save\.default\.weight", "without modules_to_save"]),
+        ({"use_dora": True}, None, [r"lora_magnitude_vector", r"\(42 in all\)", "without use_dora"]),
+        ({"lora_bias": True}, None, [r"lora_B\.default\.bias", "without lora_bias"]),
+        ({"bias": "all"}, None, [r'q_proj\..*bias.*bias="none"']),
+        (
+            {"target_modules": ["lm_head"]},
+            None,
+            [r"lm_head\.lora_A\S+, .*Let LoRA target modules of the layers by name"],
+        ),
+        ({}, with_a_norm, [r"trainable, but no LoRA matrix of a layer.*model\.norm\.weight\. Freeze it"]),
         ({}, two_adapters_at_once, [r"several trainable matrices: layers\.0\.self_attn\.q_proj\.lora_a"]),
         ({}, interrupted, [r"require no gradient: .*layers\.0\..*\(14 in all\)", r"set_adapter"]),
         ({}, frozen, [r"no LoRA matrix that requires a gradient.*get_peft_model"]),
     ],
-    ids=["head", "dora", "bias", "norm", "two adapters", "part switched off", "none"],
+    ids=["head", "dora", "lora bias", "bias", "head's lora", "norm", "two adapters", "part switched off", "none"],
 )
 def test_what_has_no_tier_is_refused_by_name_with_the_remedy(
     options: dict[str, Any], change: Callable[[PeftModel], None] | None, told: list[str]
@@ -86,6 +92,18 @@ def test_what_has_no_tier_is_refused_by_name_with_the_remedy(
     for pattern in told:
         with pytest.raises(ConfigError, match=pattern):
             trainable_lora(model)
+
+
+def test_experts_that_are_one_tensor_are_refused() -> None:
+    """PEFT lays all experts' ranks out in one matrix, so that a part of it would not be some ranks of A and B."""
+    config = MixtralConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=32, num_local_experts=4,
+    )  # fmt: skip
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    lora = LoraConfig(r=4, target_modules=["q_proj"], target_parameters=experts)
+    with pytest.raises(ConfigError, match=r"experts in one tensor.*layers\.0\.mlp\.experts.*Target the attention"):
+        trainable_lora(get_peft_model(MixtralForCausalLM(config), lora))
 
 
 def test_set_adapter_switches_matrices_on_again_as_the_remedy_says() -> None:

@@ -1,6 +1,7 @@
 """One optimizer over tiers, against plain torch.optim: what moves, when, by how much, in loops as PyTorch has them."""
 
 import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,56 @@ def test_a_due_tier_whose_gradients_are_still_switched_off_is_an_error() -> None
     assert optimizer.steps == 1
 
 
+def test_a_loop_may_run_its_backward_pass_at_steps_at_which_no_tier_is_due() -> None:
+    model = Adapters()
+    optimizer = tiered(model, periods=(2, 4, 8))
+    before = weights(model)
+    optimizer.require_gradients()
+    train(model, optimizer, range(1, 2))
+    assert same(weights(model), before)
+    optimizer.require_gradients()
+    train(model, optimizer, range(2, 3))
+    assert optimizer.update_counts == [1, 0, 0]
+    assert not same(weights(model), before)
+
+
+def test_an_optimizer_that_is_done_leaves_the_next_ones_gradients_alone() -> None:
+    model, fresh = Adapters(), Adapters()
+    done = tiered(model, "stacked", (1, 4, 4))
+    done.require_gradients()
+    train(model, done, range(1, 2))
+    with torch.no_grad():
+        for name, matrix in model.matrices.items():
+            matrix.copy_(fresh.matrices[name])
+    train(model, tiered(model, "stacked", (1, 1, 1)), range(1, 4))
+    train(fresh, tiered(fresh, "stacked", (1, 1, 1)), range(1, 4))
+    assert same(weights(model), weights(fresh))
+
+
+@pytest.mark.parametrize("how", MAPS)
+@pytest.mark.parametrize("kernel", ["foreach", "fused"])
+def test_other_kernels_move_what_is_due_and_nothing_else_or_are_refused(kernel: str, how: str) -> None:
+    model = Adapters()
+    if (kernel, how) == ("fused", "stacked"):
+        with pytest.raises(ConfigError, match=r"fused.*leave it out"):
+            tiered(model, how, **{kernel: True})
+        return
+    optimizer = tiered(model, how, weight_decay=0.1, **{kernel: True})
+    for step in range(1, 5):
+        before = weights(model)
+        train(model, optimizer, range(step, step + 1))
+        for name, matrix in model.matrices.items():
+            for tier, period in enumerate(PERIODS):
+                then, now = (ranks_of_tier(name, of, tier, how) for of in (before[name], matrix.detach()))
+                assert torch.equal(then, now) if step % period else (then != now).all()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+def test_a_copy_is_refused_as_its_parts_would_be_of_no_model(copied: Callable[[object], object]) -> None:
+    with pytest.raises(TypeError, match="state_dict"):
+        copied(tiered(Adapters()))
+
+
 def test_a_closure_is_run_once_with_gradients_and_its_loss_returned() -> None:
     model, plain = Adapters(), Adapters()
     optimizer, losses = tiered(model), []
@@ -295,6 +346,19 @@ def test_a_state_of_other_tiers_is_refused_with_all_that_differs() -> None:
     mirrored = TieredOptimizer(model.matrices, shallow_fast, PERIODS, lr=0.05)
     with pytest.raises(ConfigError, match=r"layers\.0.*on tier 0, this optimizer layers\.2.*on tier 0"):
         optimizer.load_state_dict(mirrored.state_dict())
+
+
+def test_a_state_of_another_optimizer_or_of_other_shapes_is_refused() -> None:
+    model, wider = Adapters(), Adapters()
+    optimizer = tiered(model)
+    sgd = tiered(model, optimizer=torch.optim.SGD)
+    with pytest.raises(ConfigError, match=r"another optimizer, without .*betas.*eps"):
+        optimizer.load_state_dict(sgd.state_dict())
+    for name in ("0_a", "0_b"):
+        matrix = dict(wider.named_parameters())[name]
+        matrix.data = matrix.detach().repeat(2, 2)
+    with pytest.raises(ConfigError, match=r"layers\.0\.module\.lora_a \[12, 10\] .*lora_a \[6, 5\]"):
+        optimizer.load_state_dict(tiered(wider).state_dict())
 
 
 def test_further_parameters_are_refused() -> None:
