@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from nestune.stages.inputs import read_training_inputs
 from nestune.stages.register import register
 from nestune.stages.train import train
 from nestune.stages.validate import validate
+from nestune.tiers.importance import read_importance, write_importance
 
 Configure = Callable[..., RunConfig]
 
@@ -140,7 +142,7 @@ def test_the_result_tells_what_was_measured_and_what_it_cost(configure: Configur
     assert kept["seconds_per_step"] == pytest.approx(kept["seconds"] / 2)
     assert kept["seconds"] > 0
     assert any("taken from the earlier pass, 2 steps" in line for line in result.summary())
-    assert kept["measured_on"]["dataset_sha256"] == read_json(measured_once.dataset / "report.json", "")["sha256"]
+    assert kept["measured_on"]["data (dataset)"] == read_json(measured_once.dataset / "report.json", "")["sha256"]
 
 
 UNRELATED = [
@@ -167,13 +169,13 @@ def test_what_importances_do_not_depend_on_measures_nothing_again(
     [
         ({"tiers__importance__steps": 1}, "steps"),
         ({"tiers__importance__measure": "squared_gradient"}, "measure"),
-        ({"training__batch_size": 8}, "batch_size"),
-        ({"training__gradient_accumulation_steps": 2}, "gradient_accumulation_steps"),
-        ({"training__seed": 1}, "seed"),
-        ({"training__precision": "bfloat16"}, "precision"),
-        ({"retention__replay__rows_per_step": 3}, "replay_rows_per_step"),
-        ({"data__max_seq_length": 60}, "row_limit"),
-        ({"model__dtype": "bfloat16"}, "dtype"),
+        ({"training__batch_size": 8}, "training.batch_size"),
+        ({"training__gradient_accumulation_steps": 2}, "training.gradient_accumulation_steps"),
+        ({"training__seed": 1}, "training.seed"),
+        ({"training__precision": "bfloat16"}, "training.precision"),
+        ({"retention__replay__rows_per_step": 3}, "retention.replay.rows_per_step"),
+        ({"data__max_seq_length": 60}, "data.max_seq_length"),
+        ({"model__dtype": "bfloat16"}, "model.dtype"),
         ({"lora__rank": 4}, "lora"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -196,34 +198,59 @@ def test_another_dataset_base_tokenizer_or_parent_is_measured_again(
         after = read_json(run.importance, "")["measured_on"]
         return {key for key in before | after if before.get(key) != after.get(key)}
 
-    assert differing(configure(model__adapter=str(parent))) == {"parent_sha256"}
+    assert differing(configure(model__adapter=str(parent))) == {"model.adapter"}
 
     base = tmp_path / "base"
     shutil.copytree(ROOT / "demo" / "base", base)
     (base / "chat.jinja").write_text("")
     copied = {"model__base": str(base), "model__adapter": str(parent)}
-    assert differing(configure(**copied)) == {"tokenizer_sha256"}
+    assert differing(configure(**copied)) == {"model.base (tokenizer)"}
     content = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(content, indent=1))
-    assert differing(configure(**copied)) == {"base_sha256"}
+    assert differing(configure(**copied)) == {"model.base"}
 
     other = configure("reversal", **copied)
     validate(other, run)
-    assert differing(other) == {"dataset_sha256"}
+    assert differing(other) == {"data (dataset)"}
 
 
-def test_a_pass_of_more_steps_than_the_training_has_is_no_fault(configure: Configure, run: RunPaths) -> None:
+@pytest.mark.parametrize("name", [None, "layers.99.mlp.up_proj.lora_a"])
+def test_a_pass_that_names_other_matrices_is_measured_again(
+    configure: Configure, run: RunPaths, name: str | None
+) -> None:
+    measured = read_importance(run.importance)
+    others = dict(list(measured.importance.items())[name is None :]) | ({name: 1.0} if name else {})
+    write_importance(replace(measured, importance=others), run.importance)
+    assert not assign(configure(), run).measured_before
+    assert read_importance(run.importance).importance == measured.importance
+
+
+def test_the_summary_ends_with_the_files_that_were_made(configure: Configure, run: RunPaths) -> None:
+    by_depth = assign(configure(tiers={"strategy": "layer_depth"}, training__steps=2), run)
+    assert by_depth.tier_map.warnings
+    assert by_depth.summary()[-1] == f"files: {run.tiers}, {run.tiers_picture}"
+    measured = assign(configure(), run)
+    files = [run.tiers, run.tiers_picture, run.importance, run.importance_picture]
+    assert measured.summary()[-1] == f"files: {', '.join(map(str, files))}"
+    assert measured.as_dict()["files"] == [str(file) for file in files]
+    assert all(file.exists() for file in files)
+
+
+def test_a_pass_of_more_steps_than_the_training_has_is_warned_of(configure: Configure, run: RunPaths) -> None:
     result = assign(configure(tiers__importance__steps=6, training__steps=5), run)
     assert result.as_dict()["importance"]["steps"] == 6
+    (warning,) = result.tier_map.warnings
+    assert "tiers.importance.steps is 6, training.steps 5" in warning
+    assert assign(configure(tiers__importance__steps=6, training__steps=6), run).tier_map.warnings == ()
 
 
 def test_without_a_validated_dataset_the_remedy_is_validate(configure: Configure, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"cannot read .*report\.json.*Run nestune validate"):
+    with pytest.raises(RunError, match=r"cannot read .*report\.json.*Run nestune validate\."):
         assign(configure(), RunPaths(tmp_path / "nowhere"))
 
 
 def test_taylor_is_refused_for_a_new_adapter_before_anything_is_measured(configure: Configure) -> None:
-    with pytest.raises(ConfigError, match=r"tiers: importance\.measure taylor is 0 everywhere.*set model\.adapter"):
+    with pytest.raises(ConfigError, match=r"tiers\.importance\.measure taylor is 0 everywhere.*set model\.adapter"):
         configure(tiers__importance__measure="taylor")
 
 
@@ -254,9 +281,14 @@ def test_ranking_each_matrix_alone_warns_where_every_a_measures_0(
         ({"strategy": "layer_depth", "update_every": [1, 4]}, []),
         # It never moves by design.
         ({"strategy": "frozen_slow", "update_every": [1, 2, 5]}, []),
+        # Steps 1 and 3; 1 only; 1, 2 and 4, as the slowest never moves.
+        ({"strategy": "layer_depth", "update_every": [2, 4]}, ["at 2 of 4 steps no tier is due"]),
+        ({"strategy": "layer_depth", "update_every": [2, 3]}, ["at 1 of 4 steps no tier is due"]),
+        ({"strategy": "frozen_slow", "update_every": [3, 4]}, ["at 3 of 4 steps no tier is due"]),
+        ({"strategy": "layer_depth", "update_every": [2, 4], "inactive_gradients": "accumulate"}, []),
     ],
 )
-def test_a_tier_whose_period_is_longer_than_the_training_is_warned_of(
+def test_periods_that_leave_tiers_or_steps_without_use_are_warned_of(
     configure: Configure, tmp_path: Path, tiers: dict[str, Any], warned: list[str]
 ) -> None:
     warnings = assign(configure(tiers=tiers, training__steps=4), RunPaths(tmp_path / "run")).tier_map.warnings
@@ -274,6 +306,15 @@ def test_importances_of_an_earlier_strategy_are_kept_but_belong_to_no_other_map(
     assert assign(configure(), run).measured_before
     assert importance_behind(run) == measured
     assert run.importance_picture.exists()
+
+
+def test_a_pass_that_cannot_be_read_illustrates_nothing_and_that_is_told(
+    run: RunPaths, caplog: pytest.LogCaptureFixture
+) -> None:
+    run.importance.write_text(run.importance.read_text().replace('"seconds": ', '"seconds": -'))
+    assert importance_behind(run) is None
+    assert "importances are left out" in caplog.text
+    assert "importance.json was changed by hand" in caplog.text
 
 
 @pytest.fixture(scope="module")
@@ -311,9 +352,9 @@ def test_the_report_and_the_tracked_run_show_the_importances(finished: tuple[Run
 @pytest.mark.parametrize(
     ("settings", "differs"),
     [
-        ({"training__seed": 1}, "seed"),
-        ({"tiers__importance__reversed": True}, "reversed"),
-        ({"tiers__importance__steps": 2}, "steps"),
+        ({"training__seed": 1}, "training.seed"),
+        ({"tiers__importance__reversed": True}, "tiers.importance.reversed"),
+        ({"tiers__importance__steps": 2}, "tiers.importance.steps"),
     ],
 )
 def test_a_map_that_other_importances_made_is_not_trained_on(
@@ -321,14 +362,14 @@ def test_a_map_that_other_importances_made_is_not_trained_on(
 ) -> None:
     descent = {"optimizer": "sgd", "learning_rate": 1.0, "max_grad_norm": None, "steps": 1, "batch_size": 16}
     of_the_map = {"training": descent, "tiers__update_every": [1, 1, 1], "tiers__importance__steps": 1}
-    with pytest.raises(RunError, match=rf"made from something else \({differs} differ\)\. Run nestune tiers again"):
+    with pytest.raises(RunError, match=rf"made from something else \({differs} differs\)\. Run nestune tiers again"):
         train(configure(**of_the_map | settings), finished[1], overwrite=True)
 
 
 def test_a_map_made_on_another_dataset_is_not_trained_on(configure: Configure, run: RunPaths) -> None:
     other = configure("reversal")
     validate(other, run)
-    with pytest.raises(RunError, match=r"something else \(dataset_sha256 differ\)\. Run nestune tiers again"):
+    with pytest.raises(RunError, match=r"something else \(data \(dataset\) differs\)\. Run nestune tiers again"):
         train(other, run)
     assert not run.checkpoints.exists()
 
@@ -340,5 +381,5 @@ def test_a_map_of_other_patterns_is_not_trained_on(configure: Configure, run: Ru
         return configure(tiers={"strategy": "manual", "update_every": [1, 2], "assignments": patterns})
 
     assign(manual("layers.0.*", "layers.*"), run)
-    with pytest.raises(RunError, match=r"something else \(assignments differ\)"):
+    with pytest.raises(RunError, match=r"something else \(tiers\.assignments differs\)"):
         train(manual("layers.*", "layers.0.*"), run)

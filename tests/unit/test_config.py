@@ -180,7 +180,7 @@ def test_a_revision_of_a_folder_is_refused(written: Path) -> None:
 
 def test_manual_tier_out_of_range_is_refused(written: Path) -> None:
     faults = faults_of(written, "tiers.strategy=manual", "tiers.assignments={'*': 3}")
-    assert any("with 3 tiers use 0 to 2" in fault for fault in faults)
+    assert any("with 3 tiers use 0 to 2 (seen: {'*': 3})" in fault for fault in faults)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,8 @@ def test_an_unknown_strategy_is_the_only_fault_of_its_options(written: Path) -> 
 def test_taylor_importance_needs_a_parent_adapter(written: Path) -> None:
     taylor = ["tiers.strategy=parameter_importance", "tiers.importance.measure=taylor"]
     (fault,) = faults_of(written, *taylor)
-    assert "set model.adapter, or measure gradient" in fault
+    told = "in a new adapter tiers.importance.measure taylor is 0 everywhere; set model.adapter, or measure gradient."
+    assert fault.strip() == f"tiers: {told}"
     config = load_config(written, [*taylor, "model.adapter=models:/r@champion"])
     assert config.tiers.importance.measure == "taylor"
 
@@ -228,6 +229,21 @@ def test_frozen_slow_needs_a_tier_that_moves(written: Path) -> None:
     assert "freezes the slowest of several tiers; give at least two periods" in fault
     tiers = load_config(written, ["tiers.strategy=frozen_slow", "tiers.update_every=[1, 2]"]).tiers
     assert tiers.periods == (1, None)
+
+
+@pytest.mark.parametrize("strategy", ["layer_depth", "frozen_slow"])
+def test_a_training_in_which_no_tier_ever_moves_is_refused(written: Path, strategy: str) -> None:
+    tiers = [f"tiers.strategy={strategy}", "tiers.update_every=[4, 8]"]
+    (fault,) = faults_of(written, *tiers, "training.steps=3")
+    told = "no tier ever moves: the fastest has period 4, and training.steps is 3"
+    assert fault.strip() == f"training: {told}; raise training.steps, or lower tiers.update_every."
+    assert load_config(written, [*tiers, "training.steps=4"]).training.steps == 4
+
+
+def test_the_default_number_of_steps_can_be_too_few_for_every_tier(written: Path) -> None:
+    (fault,) = faults_of(written, "tiers.update_every=[2000]")
+    assert fault.strip().startswith("training: no tier ever moves: the fastest has period 2000")
+    assert "seen" not in fault
 
 
 def test_every_other_strategy_moves_all_its_tiers() -> None:

@@ -329,9 +329,21 @@ class RunConfig(Strict):
         model = info.data.get("model")
         if tiers.importance.measure == "taylor" and model is not None and model.adapter is None:
             raise ValueError(
-                "importance.measure taylor is 0 everywhere in a new adapter; set model.adapter, or measure gradient"
+                "in a new adapter tiers.importance.measure taylor is 0 everywhere; set model.adapter, "
+                "or measure gradient"
             )
         return tiers
+
+    @field_validator("training")
+    @classmethod
+    def _some_tier_moves(cls, training: TrainingConfig, info: ValidationInfo) -> TrainingConfig:
+        tiers = info.data.get("tiers")
+        if tiers is not None and tiers.update_every[0] > training.steps:
+            raise ValueError(
+                f"no tier ever moves: the fastest has period {tiers.update_every[0]}, and training.steps is "
+                f"{training.steps}; raise training.steps, or lower tiers.update_every"
+            )
+        return training
 
     @field_validator("registry", mode="before")
     @classmethod

@@ -72,7 +72,9 @@ def _line(at: Location, faults: Sequence[Any], model: type[BaseModel]) -> str:
     message = "; ".join(told) or f"must be {', or '.join(dict.fromkeys(allowed))}"
     if first["type"] == "model_type":
         message += f": {', '.join(_known_keys(at, model))}"
-    seen = "" if "password" in message else f" (seen: {first['input']!r:.80})"
+    # A password is not for the screen; a whole block is more than a line holds, and its fault names the field.
+    hidden = "password" in message or (isinstance(first["input"], (dict, BaseModel)) and _known_keys(at, model))
+    seen = "" if hidden else f" (seen: {first['input']!r:.80})"
     return f"{where}: {message[:1].lower() + message[1:]}{seen}."
 
 

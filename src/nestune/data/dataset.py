@@ -62,7 +62,9 @@ def load_dataset(
 
     Raises RunError when it is missing, was made with other settings than these, or has changed since it was validated.
     """
-    report = read_json(folder / "report.json", REMEDY, keys=["settings", "outputs", "sets", "sha256"])
+    written = folder / "report.json"
+    remedy = REMEDY if written.exists() else "Run nestune validate."
+    report = read_json(written, remedy, keys=["settings", "outputs", "sets", "sha256"])
     asked = settings_of(data, replay)
     differing = [key for key in asked if report["settings"].get(key) != asked[key]]
     if differing:

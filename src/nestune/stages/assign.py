@@ -1,36 +1,42 @@
 """Stage tiers: measure importances where the strategy asks for them, divide the LoRA parameters among the tiers."""
 
+import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from nestune.backends.base import Backend
 from nestune.backends.factory import make_backend
 from nestune.config import RunConfig
 from nestune.data.batches import Batch
-from nestune.runs import RunPaths, read_json, record_stage, write_bytes
-from nestune.stages.inputs import TrainingInputs, read_training_inputs, tier_map_depends_on
+from nestune.errors import RunError
+from nestune.runs import RunPaths, record_stage, write_bytes
+from nestune.stages.inputs import TrainingInputs, full_keys, read_training_inputs, tier_map_depends_on
 from nestune.tiers.importance import Importance, Measured, check_importance, read_importance, write_importance
 from nestune.tiers.importance_picture import plot_importance
 from nestune.tiers.parameters import split_name
 from nestune.tiers.picture import plot_tier_map
-from nestune.tiers.schedule import describe_period
-from nestune.tiers.tier_map import TierMap, assign_tiers, write_tier_map
+from nestune.tiers.schedule import TierSchedule, describe_period
+from nestune.tiers.tier_map import TierMap, assign_tiers, read_tier_map, write_tier_map
 from nestune.training.progress import ProgressBar
+
+log = logging.getLogger(__name__)
 
 MEASURING = "measuring importance"
 
 
 @dataclass(frozen=True)
 class AssignResult:
-    """The map that training will follow; the importances behind it, where it has some.
+    """The map that training will follow, and its files; the importances behind it, where it has some.
 
     `measured_before`: they are those of an earlier pass, as nothing that they depend on has changed.
     """
 
     tier_map: TierMap
+    files: tuple[Path, ...]
     measured: Measured | None = None
     measured_before: bool = False
 
@@ -38,6 +44,7 @@ class AssignResult:
         """The result as JSON, without the map itself."""
         content = self.tier_map.as_dict()
         del content["tiers"]
+        content["files"] = [file.as_posix() for file in self.files]
         if self.measured is not None:
             content["importance"] = {**self.measured.cost, "measured_before": self.measured_before}
         return content
@@ -54,7 +61,8 @@ class AssignResult:
         if self.measured is not None:
             cost = "{steps} steps, {seconds:.1f} s, {seconds_per_step:.3f} s a step".format(**self.measured.cost)
             lines.append(f"importance: {'taken from the earlier pass' if self.measured_before else 'measured'}, {cost}")
-        return [*lines, *(f"warning: {w}" for w in self.tier_map.warnings)]
+        warnings = [f"warning: {warning}" for warning in self.tier_map.warnings]
+        return [*lines, *warnings, f"files: {', '.join(map(str, self.files))}"]
 
 
 def assign(config: RunConfig, run: RunPaths) -> AssignResult:
@@ -91,23 +99,30 @@ def assign(config: RunConfig, run: RunPaths) -> AssignResult:
         # The numbers stay for when they are asked for again; a picture beside a map made without them misleads.
         run.importance_picture.unlink(missing_ok=True)
     record_stage(run, "tiers", read, written)
-    return AssignResult(tier_map, measured, measured_before)
+    return AssignResult(tier_map, tuple(written), measured, measured_before)
 
 
 def importance_behind(run: RunPaths) -> Measured | None:
-    """What the run's tier map was made by; None when it was made without, or `importance.json` is of another map."""
+    """What the run's tier map was made by; None when it was made without, or `importance.json` is of another map.
+
+    They only illustrate a run that is trained: where a file cannot be used, that is logged, and there are none.
+    """
     if not (run.tiers.exists() and run.importance.exists()):
         return None
-    made_from = read_json(run.tiers, "Run nestune tiers again.").get("made_from", {})
-    measured = read_importance(run.importance)
-    return measured if made_from | measured.measured_on == made_from else None
+    try:
+        made_from, measured = read_tier_map(run.tiers).made_from, read_importance(run.importance)
+    except RunError as error:
+        log.warning("importances are left out: %s", error)
+        return None
+    return measured if full_keys(measured.measured_on).items() <= made_from.items() else None
 
 
 def _measure(inputs: TrainingInputs, backend: Backend, run: RunPaths) -> tuple[Measured, bool]:
     """The importances, and whether they are those of an earlier pass."""
     depends_on = inputs.importance_depends_on(backend.name)
     earlier = read_importance(run.importance) if run.importance.exists() else None
-    if earlier is not None and earlier.measured_on == depends_on:
+    names = {p.name for p in backend.lora_parameters()}
+    if earlier is not None and earlier.measured_on == depends_on and earlier.importance.keys() == names:
         return earlier, True
     backend.load_adapter(inputs.parent)
     settings = inputs.config.tiers.importance
@@ -130,12 +145,25 @@ def _watched(steps: Iterable[Sequence[Batch]], bar: ProgressBar) -> Iterator[Seq
 
 
 def _warnings(config: RunConfig, importance: Importance) -> list[str]:
-    """What of the configuration makes some parameters move less than it seems to say."""
+    """What of the configuration makes some parameters move less, or training see less, than it seems to say."""
+    steps, measured_steps = config.training.steps, config.tiers.importance.steps
     warnings = [
-        f"tier {tier} never moves: its period {period} is longer than the {config.training.steps} steps"
+        f"tier {tier} never moves: its period {period} is longer than the {steps} steps"
         for tier, period in enumerate(config.tiers.periods)
-        if period is not None and period > config.training.steps
+        if period is not None and period > steps
     ]
+    schedule = TierSchedule(config.tiers.periods)
+    idle = sum(not schedule.due(step) for step in range(1, steps + 1))
+    if idle and config.tiers.inactive_gradients == "drop":
+        warnings.append(
+            f"at {idle} of {steps} steps no tier is due: their gradients are not used "
+            "(tiers.inactive_gradients accumulate uses them)"
+        )
+    if importance and measured_steps > steps:
+        warnings.append(
+            f"importances are measured longer than is trained: tiers.importance.steps is {measured_steps}, "
+            f"training.steps {steps}"
+        )
     of_a = [value for name, value in importance.items() if name.endswith("lora_a")]
     if config.tiers.importance.aggregate == "parameter" and of_a and not any(of_a):
         place = "first" if config.tiers.importance.reversed else "last"

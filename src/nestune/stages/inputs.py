@@ -8,7 +8,7 @@ from typing import Any
 
 from nestune.backends.adapters import WEIGHTS
 from nestune.base_model import BaseModel, resolve_base
-from nestune.config import RunConfig, TierConfig
+from nestune.config import ImportanceConfig, RunConfig, TierConfig
 from nestune.data.batches import Batch, training_steps
 from nestune.data.dataset import Dataset, load_dataset
 from nestune.data.tokens import load_tokenizer, tokenizer_files
@@ -32,23 +32,26 @@ class TrainingInputs:
         return training_steps(self.dataset.train, self.config.training, self.pad_id, self.dataset.replay, replay_rows)
 
     def importance_depends_on(self, backend: str) -> dict[str, Any]:
-        """All that the importances of this training depend on, by name, as JSON has it."""
+        """All that the importances of this training depend on, by name, as JSON has it.
+
+        What the pass itself is set to has the name of its field; the rest, that of its key in the configuration.
+        """
         importance, training, replay = self.config.tiers.importance, self.config.training, self.config.retention.replay
         of_training = {"batch_size", "gradient_accumulation_steps", "seed", "precision"}
         return {
             "measure": importance.measure,
             "steps": importance.steps,
-            "dataset_sha256": self.dataset.sha256,
-            "base_sha256": self.base.sha256,
-            "tokenizer_sha256": sha256_files(self.base.folder, tokenizer_files(self.base.folder)),
-            "parent_sha256": sha256_file(self.parent / WEIGHTS) if self.parent else None,
+            "data (dataset)": self.dataset.sha256,
+            "model.base": self.base.sha256,
+            "model.base (tokenizer)": sha256_files(self.base.folder, tokenizer_files(self.base.folder)),
+            "model.adapter": sha256_file(self.parent / WEIGHTS) if self.parent else None,
             "lora": self.config.lora.model_dump(mode="json"),
-            "dtype": self.config.model.dtype,
-            "row_limit": self.base.row_limit(self.config.data.max_seq_length),
-            "replay_rows_per_step": replay.rows_per_step if replay.files else 0,
-            **training.model_dump(mode="json", include=of_training),
-            "backend": backend,
-            "nestune": version("nestune"),
+            "model.dtype": self.config.model.dtype,
+            "data.max_seq_length": self.base.row_limit(self.config.data.max_seq_length),
+            "retention.replay.rows_per_step": replay.rows_per_step if replay.files else 0,
+            **{f"training.{key}": value for key, value in training.model_dump(include=of_training).items()},
+            "model.backend": backend,
+            "version of nestune": version("nestune"),
         }
 
 
@@ -67,10 +70,16 @@ def read_training_inputs(config: RunConfig, run: RunPaths) -> TrainingInputs:
 
 
 def tier_map_depends_on(tiers: TierConfig, measured_on: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides a tier map beside parameters, strategy and periods, by name, as JSON has it.
+    """What decides a tier map beside parameters, strategy and periods, by its full key, as JSON has it.
 
     `measured_on`: what the importances depend on; it counts only for the strategy that asks for them.
     """
     if tiers.strategy == "parameter_importance":
-        return {**tiers.importance.model_dump(include={"aggregate", "reversed"}), **measured_on}
-    return tiers.model_dump(include={"assignments", "seed"})
+        return full_keys({**tiers.importance.model_dump(include={"aggregate", "reversed"}), **measured_on})
+    return {"tiers.assignments": tiers.assignments, "tiers.seed": tiers.seed}
+
+
+def full_keys(of_importance: Mapping[str, Any]) -> dict[str, Any]:
+    """The same by keys of the whole configuration: a field of tiers.importance has its block's name before it."""
+    own = ImportanceConfig.model_fields
+    return {f"tiers.importance.{key}" if key in own else key: value for key, value in of_importance.items()}

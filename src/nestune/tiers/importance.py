@@ -5,6 +5,8 @@ Sources of the measures: mean |g|, system A's; mean g^2, the diagonal of the emp
 would change by without the weight (Molchanov et al. 2019, arXiv:1906.10771, equation 8, without the square).
 """
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -77,18 +79,19 @@ def check_importance(importance: Importance, measure: str) -> None:
 
 
 def write_importance(measured: Measured, path: Path) -> None:
-    """Write a pass as JSON, whole or not at all."""
-    write_json(
-        path, {**measured.cost, "measured_on": dict(measured.measured_on), "importance": dict(measured.importance)}
-    )
+    """Write a pass as JSON with the hash of its content, whole or not at all."""
+    content = {**measured.cost, "measured_on": dict(measured.measured_on), "importance": dict(measured.importance)}
+    write_json(path, {**content, "sha256": _sha256(content)})
 
 
 def read_importance(path: Path) -> Measured:
-    """The pass that a file keeps. Raises RunError when it is missing or holds something else."""
+    """The pass that a file keeps. Raises RunError when it is missing, holds something else, or was changed by hand."""
     remedy = "Delete it, and run nestune tiers again."
-    content = read_json(path, remedy, keys=["measured_on", "importance", "seconds"])
-    try:
-        importance = {str(name): float(value) for name, value in content["importance"].items()}
-        return Measured(importance, dict(content["measured_on"]), float(content["seconds"]))
-    except (TypeError, ValueError, AttributeError) as error:
-        raise RunError(f"{path} holds no measured importances: {type(error).__name__} {error}. {remedy}") from None
+    content = read_json(path, remedy, keys=["measured_on", "importance", "seconds", "sha256"])
+    if content.pop("sha256") != _sha256(content):
+        raise RunError(f"{path} was changed by hand. {remedy}")
+    return Measured(content["importance"], content["measured_on"], content["seconds"])
+
+
+def _sha256(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

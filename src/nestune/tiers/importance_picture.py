@@ -9,6 +9,7 @@ from nestune.tiers.parameters import LoraParameter
 MEASURES = {"gradient": "mean |g|", "squared_gradient": "mean g²", "taylor": "mean |w g|"}
 LOG_SCALE_FROM = 10.0  # times that the largest value is the smallest
 NO_GRADIENT = "#bbbbbb"
+TITLE_WIDTH = 5.0  # inches that the longest title takes, and the labels beside it
 
 
 def plot_importance(parameters: Sequence[LoraParameter], importance: Importance, measure: str) -> bytes:
@@ -31,7 +32,8 @@ def plot_importance(parameters: Sequence[LoraParameter], importance: Importance,
     decades = shown.max() >= LOG_SCALE_FROM * shown.min()
     norm = LogNorm(shown.min(), shown.max()) if decades else Normalize(0, shown.max())
 
-    figure = Figure(figsize=(2.6 + 0.8 * len(modules), 1.6 + 0.32 * len(layers)), layout="constrained")
+    width = max(TITLE_WIDTH, 2.6 + 0.8 * len(modules))
+    figure = Figure(figsize=(width, 1.6 + 0.32 * len(layers)), layout="constrained")
     axes = figure.add_subplot()
     axes.set_facecolor(NO_GRADIENT)
     # viridis rises evenly in lightness, so that people who do not see all colours read it too, and a copy in grey.

@@ -12,6 +12,8 @@ from nestune.tiers.tier_map import TierMap
 
 # Told apart by people who do not see all colours (Okabe & Ito 2008); as many as there can be tiers.
 TIER_COLORS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#333333")
+TITLE_WIDTH = 4.8  # inches that the longest title takes, and the labels beside it
+LEGEND_WIDTH = 2.4  # inches that a tier of a period of four digits takes
 
 
 def plot_tier_map(parameters: Sequence[LoraParameter], tier_map: TierMap) -> bytes:
@@ -30,7 +32,9 @@ def plot_tier_map(parameters: Sequence[LoraParameter], tier_map: TierMap) -> byt
     height = len(grid) // len(layers)
     n_tiers = len(tier_map.update_every)
     layer_height = 0.32 if height == 1 else max(0.32, 0.12 * n_tiers)
-    figure = Figure(figsize=(1.8 + 0.8 * len(modules), 1.8 + layer_height * len(layers)), layout="constrained")
+    width = max(TITLE_WIDTH, 1.8 + 0.8 * len(modules))
+    columns = min(n_tiers, 3, int(width / LEGEND_WIDTH))
+    figure = Figure(figsize=(width, 1.8 + layer_height * len(layers)), layout="constrained")
     axes = figure.add_subplot()
     colors = ListedColormap(TIER_COLORS[:n_tiers])
     axes.pcolormesh(grid, cmap=colors, vmin=-0.5, vmax=n_tiers - 0.5)
@@ -49,7 +53,7 @@ def plot_tier_map(parameters: Sequence[LoraParameter], tier_map: TierMap) -> byt
         Patch(color=TIER_COLORS[tier], label=f"tier {tier}: {describe_period(period)}")
         for tier, period in enumerate(tier_map.update_every)
     ]
-    figure.legend(handles=legend, loc="outside lower center", ncols=min(n_tiers, 3), frameon=False)
+    figure.legend(handles=legend, loc="outside lower center", ncols=columns, frameon=False)
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120, metadata={"Software": None})
     return content.getvalue()

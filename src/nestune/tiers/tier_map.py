@@ -151,7 +151,8 @@ def read_fitting_tier_map(
         )
     differing = _differing(tier_map.made_from, made_from or {})
     if differing:
-        raise RunError(f"{path} was made from something else ({', '.join(differing)} differ). {remedy}")
+        verb = "differs" if len(differing) == 1 else "differ"
+        raise RunError(f"{path} was made from something else ({', '.join(differing)} {verb}). {remedy}")
     fault = find_fault(tier_map.tier_of, parameters)
     if fault is not None:
         raise RunError(f"{path} is for other parameters: {fault}. {remedy}")

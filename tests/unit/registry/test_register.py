@@ -14,6 +14,7 @@ from nestune.registry.versions import champion, promote_version
 from nestune.runs import RunPaths, read_json, sha256_file, write_json
 from nestune.stages.evaluate import seal
 from nestune.stages.register import register
+from nestune.tiers.tier_map import TierMap, write_tier_map
 
 
 def edit_report(run: RunPaths, **changes: object) -> None:
@@ -64,6 +65,22 @@ def test_a_candidate_whose_champion_changed_meanwhile_is_not_promoted_but_told_t
     again = register(config, slow)
     assert (again.version, again.promoted, again.gate) == (result.version, True, "passed")
     assert champion_version(config) == again.version
+
+
+def test_importances_that_cannot_be_read_do_not_stop_a_trained_run(
+    config: RunConfig, evaluated_run: EvaluatedRun, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = evaluated_run(passed=True)
+    write_tier_map(TierMap("manual", (1,), {"layers.0.self_attn.q_proj.lora_a": 0}), run.tiers)
+    run.importance.write_text("{")
+    run.importance_picture.write_bytes(b"")
+    result = register(config, run)
+    assert result.promoted
+    assert "importances are left out" in caplog.text
+    assert "importance.json is not JSON" in caplog.text
+    logged = {file.path for file in connect(config.registry).list_artifacts(result.run_id)}
+    assert "tiers.json" in logged
+    assert not {"importance.json", "importance.png"} & logged
 
 
 def test_registering_the_champion_again_leaves_it_champion(config: RunConfig, evaluated_run: EvaluatedRun) -> None:

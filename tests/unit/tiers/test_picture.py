@@ -36,6 +36,17 @@ def test_a_module_that_a_layer_lacks_stays_empty() -> None:
     assert np.isnan(grid).tolist() == [[False] * 4, [False, False, True, True]]
 
 
+@pytest.mark.parametrize("modules", [MODULES[:1], MODULES])
+def test_a_picture_of_few_modules_cuts_nothing_off(modules: tuple[str, ...]) -> None:
+    from matplotlib.image import imread
+
+    described = parameters(8, modules)
+    periods = (1, 10, 100, *[1000] * 5)
+    tier_map = assign_tiers(described, TierConfig(strategy="layer_depth_reversed", update_every=periods))
+    pixels = imread(io.BytesIO(plot_tier_map(described, tier_map)))[..., :3]
+    assert (pixels[:, [0, -1]] == 1).all()
+
+
 @pytest.mark.parametrize("strategy", ["layer_depth", "stacked", "frozen_slow", "module_type"])
 def test_every_tier_is_seen_in_its_colour(strategy: str) -> None:
     from matplotlib.colors import to_rgb

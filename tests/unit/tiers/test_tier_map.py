@@ -108,7 +108,7 @@ def test_a_map_made_from_something_else_is_refused_with_what_differs(tmp_path: P
     path = tmp_path / "tiers.json"
     write_tier_map(TierMap(made.strategy, made.update_every, made.tier_of, made_from={"data": "x", "seed": 1}), path)
     assert read_fitting_tier_map(path, parameters(6), TierConfig(), {"seed": 1, "data": "x"}).tier_of == made.tier_of
-    with pytest.raises(RunError, match=r"made from something else \(data differ\)"):
+    with pytest.raises(RunError, match=r"made from something else \(data differs\)"):
         read_fitting_tier_map(path, parameters(6), TierConfig(), {"seed": 1, "data": "y"})
     with pytest.raises(RunError, match=r"made from something else \(data, seed differ\)"):
         read_fitting_tier_map(path, parameters(6), TierConfig())
