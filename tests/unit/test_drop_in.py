@@ -152,7 +152,8 @@ def test_an_option_that_torch_would_stumble_over_is_told(model: PeftModel, optio
 
 def test_what_a_map_warns_of_is_warned_of(model: PeftModel) -> None:
     with pytest.warns(UserWarning, match=r"12 parameters on no tier go to the slowest"):
-        nestune.tier_map(model, update_every=[1, 2], strategy="manual", assignments={"*q_proj*": 0})
+        tiers = nestune.tier_map(model, update_every=[1, 2], strategy="manual", assignments={"*q_proj*": 0})
+    assert len(tiers.warnings) == 1
 
 
 def test_the_callback_takes_a_tiered_optimizer_only(model: PeftModel) -> None:
