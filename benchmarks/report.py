@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 # Of a table that does not go to a terminal.
-WIDTH = 140
+WIDTH = 160
 
 
 def provenance() -> dict[str, Any]:
