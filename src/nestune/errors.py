@@ -62,5 +62,15 @@ class RunError(NestuneError):
     """A stage cannot go on: a file of an earlier stage is missing or changed, or training diverged."""
 
 
+class DivergedError(RunError):
+    """Training left the numbers that floats can hold; `seen` says where, e.g. `the loss is nan`."""
+
+    def __init__(self, seen: str) -> None:
+        super().__init__(
+            f"training diverged: {seen}. Lower the learning rate (training.learning_rate), or add warm-up "
+            "(training.warmup_steps)."
+        )
+
+
 class ServiceError(RunError):
     """Something outside, such as the tracking server, does not answer or refuses; a later attempt may succeed."""

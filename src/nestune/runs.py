@@ -138,7 +138,7 @@ def kept_until_replaced(*paths: Path) -> Iterator[None]:
     What a failed block made stays only where there was nothing before. A killed process leaves the old ones
     beside, as `.<name>.previous`; the next such block on the same paths brings them back first.
     """
-    aside = {path: path.with_name(f".{path.name}.previous") for path in paths}
+    aside = {path: _aside(path) for path in paths}
     _bring_back(aside)
     for path, previous in aside.items():
         if path.exists():
@@ -150,6 +150,17 @@ def kept_until_replaced(*paths: Path) -> Iterator[None]:
         raise
     for previous in aside.values():
         _remove(previous)
+
+
+@contextmanager
+def continued(*paths: Path) -> Iterator[None]:
+    """Go on with files and folders in their place, which stay whatever comes of it.
+
+    When the block ends well, what a killed `kept_until_replaced` has set aside of them is no longer needed.
+    """
+    yield
+    for path in paths:
+        _remove(_aside(path))
 
 
 def read_json(path: Path, remedy: str, keys: Sequence[str] = ()) -> Any:
@@ -193,6 +204,10 @@ def record_stage(run: RunPaths, stage: str, inputs: Iterable[Path], outputs: Ite
     stages = read_json(run.manifest, "Delete it; the stages write it anew.") if run.manifest.exists() else {}
     stages[stage] = {"inputs": _hashes(inputs), "outputs": _hashes(outputs)}
     write_json(run.manifest, stages)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.previous")
 
 
 def _bring_back(aside: Mapping[Path, Path]) -> None:

@@ -31,8 +31,10 @@ def configuration(backend: str, *, base: Path = BASE, **blocks: dict[str, Any]) 
     return parse_config(content | blocks)
 
 
-@pytest.fixture(params=["torch"])
+@pytest.fixture(params=["torch", "mlx"])
 def backend_name(request: pytest.FixtureRequest) -> str:
+    # First, also for MLX: what MLX computes with would change PyTorch's rounding (nestune.backends.mlx_blas).
+    pytest.importorskip("torch")
     pytest.importorskip(request.param)
     return str(request.param)
 

@@ -1,107 +1,227 @@
-"""The adapter format: a folder that PEFT loads as it is, with the content hash of its base beside it.
+"""The adapter format: a folder that PEFT and mlx-lm both load as it is, with the content hash of its base beside it.
 
-`adapter_model.safetensors` and `adapter_config.json` follow PEFT (github.com/huggingface/peft), A as
-(rank, inputs) and B as (outputs, rank), the effect scaled by alpha / rank. `metadata.json` is ours.
+    adapter_model.safetensors   PEFT's (github.com/huggingface/peft): A (rank, inputs), B (outputs, rank)
+    adapters.safetensors        mlx-lm's (github.com/ml-explore/mlx-lm): their transposes, the same bits
+    adapter_config.json         the keys of both; PEFT warns of mlx-lm's, which `nestune export --to peft` leaves out
+    metadata.json               ours: the base's sha256, and where the adapter comes from
+
+The effect is scaled by alpha / rank, mlx-lm's `scale`. A folder of either library alone is read as well.
 """
 
-import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
+import pydantic
 from numpy.typing import NDArray
 
+from nestune.backends.adapter_config import CONFIG, make_adapter_config, read_adapter_config
 from nestune.base_model import BaseModel
 from nestune.config import LoraConfig
 from nestune.errors import ConfigError
 from nestune.runs import write_json
+from nestune.tiers.parameters import LoraParameter, parse_parameter
 
 WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
+MLX_WEIGHTS = "adapters.safetensors"
 METADATA = "metadata.json"
+SHOWN_FAULTS = 10
+FLOATS = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
+
+# Each matrix, described with the shape that it has, and its values (float32) in PEFT's orientation.
+Matrices: TypeAlias = dict[LoraParameter, NDArray[Any]]
 
 log = logging.getLogger(__name__)
 
 
 def write_adapter(
-    folder: Path, weights: Mapping[str, NDArray[Any]], targets: list[str], lora: LoraConfig, base: BaseModel
+    folder: Path,
+    weights: Mapping[str, NDArray[Any]],
+    modules: Mapping[str, str],
+    layers: int,
+    lora: LoraConfig,
+    base: BaseModel,
 ) -> None:
-    """Write weights (PEFT key -> float32 matrix) and PEFT's configuration into an existing folder.
+    """Write the weights for both libraries, and their configuration, into an existing folder.
 
+    weights: canonical name -> float32, A (rank, inputs) or B (outputs, rank); modules: canonical name -> dotted path
+    of its module in the model, e.g. `model.layers.3.self_attn.q_proj`; layers: how many the model has.
     The same weights give the same bytes.
     """
     from safetensors.numpy import save_file
 
-    save_file({key: weights[key] for key in sorted(weights)}, folder / WEIGHTS, metadata={"format": "pt"})
-    write_json(
-        folder / CONFIG,
-        {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": base.reference,
-            "revision": base.revision,
-            "r": lora.rank,
-            "lora_alpha": lora.alpha,
-            "lora_dropout": lora.dropout,
-            "target_modules": targets,
-            "bias": "none",
-            "inference_mode": True,
-        },
-    )
+    described = [parse_parameter(name, values.shape) for name, values in weights.items()]
+    peft, mlx, paths = {}, {}, []
+    for matrix in filter(None, described):
+        values, module = weights[matrix.name], modules[matrix.name]
+        peft[f"base_model.model.{module}.lora_{matrix.side.upper()}.weight"] = np.ascontiguousarray(values)
+        mlx[f"{module}.lora_{matrix.side}"] = np.ascontiguousarray(values.T)
+        paths.append(matrix.module)
+    save_file(peft, folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(mlx, folder / MLX_WEIGHTS, metadata={"format": "mlx"})
+    write_json(folder / CONFIG, make_adapter_config(paths, layers, lora, base))
 
 
 def read_adapter(
-    folder: Path, expected: Mapping[str, tuple[int, ...]], lora: LoraConfig, base: BaseModel
+    folder: Path, expected: Sequence[LoraParameter], lora: LoraConfig, base: BaseModel
 ) -> dict[str, NDArray[Any]]:
-    """The weights of an adapter folder by PEFT key, when they fit exactly.
+    """The weights (float32) of an adapter folder by canonical name, when they fit exactly.
 
-    `expected` maps each PEFT key to its shape. Raises ConfigError with every mismatch: another base, rank or
-    alpha; missing, surplus or misshapen matrices; files that are missing or broken.
+    All that are expected are there, unless mlx-lm trained the model's last layers only: those of the layers before
+    are then left out, with a warning.
+
+    Raises ConfigError with every mismatch: another base, rank or alpha; more than plain LoRA; missing, surplus or
+    misshapen matrices, or values that are no finite numbers; two files that differ; missing or broken files.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        weights: dict[str, NDArray[Any]] = load_file(folder / WEIGHTS)
-    except OSError as error:
-        raise ConfigError(
-            f"{folder} is no adapter: cannot read {error.filename or WEIGHTS}. It needs {CONFIG} and {WEIGHTS}."
-        ) from None
-    except (ValueError, SafetensorError) as error:
+        read = [_read_matrices(file) for file in _weights_files(folder)]
+        config = read_adapter_config(folder)
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{folder}: the adapter is broken: {error}. Train it again, or take another copy.") from None
-    faults = _lora_faults(config, lora)
-    faults += [f"{key} is missing" for key in sorted(set(expected) - set(weights))]
-    faults += [f"{key} is not part of this model" for key in sorted(set(weights) - set(expected))]
-    faults += [
-        f"{key} has shape {list(weights[key].shape)}, expected {list(shape)}"
-        for key, shape in expected.items()
-        if key in weights and weights[key].shape != shape
-    ]
-    faults += _base_faults(folder, base)
+    layers = 1 + max(matrix.layer for matrix in expected)
+    first = max(0, layers - (config.last_layers or layers))
+    matrices, *twin = (found for found, _ in read)
+    faults = config.misfits(lora) + _base_faults(folder, base)
+    faults += _differences(matrices, *twin) if twin else []
+    faults += [fault for _, of_a_file in read for fault in of_a_file]
+    faults += _mismatches(matrices, [matrix for matrix in expected if matrix.layer >= first], lora)
     if faults:
-        shown = [f"  {fault}" for fault in faults[:10]] + (["  ..."] if len(faults) > 10 else [])
+        more = len(faults) - SHOWN_FAULTS
+        shown = [f"  {fault}" for fault in faults[:SHOWN_FAULTS]] + ([f"  ... and {more} more"] if more > 0 else [])
         remedy = "Use the base and the lora block that it was trained with, or train a new adapter."
         raise ConfigError("\n".join([f"the adapter {folder} does not fit: {len(faults)} fault(s)", *shown, remedy]))
-    return weights
+    if first:
+        which = "layer 0 starts" if first == 1 else f"layers 0 to {first - 1} start"
+        log.warning("%s adapts the last %d of %d layers; %s untrained", folder, layers - first, layers, which)
+    return {matrix.name: values for matrix, values in matrices.items()}
 
 
 def misfits(folder: Path, lora: LoraConfig, base: BaseModel) -> list[str]:
-    """What of an adapter folder's rank, alpha and base is not as configured; reads no weights."""
+    """What of an adapter folder's kind, rank, alpha and base is not as configured; reads no weights."""
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        faults = read_adapter_config(folder).misfits(lora)
     except (OSError, ValueError) as error:
-        return [f"its {CONFIG} cannot be read: {error}"]
-    return _lora_faults(config, lora) + _base_faults(folder, base)
+        return [f"it cannot be read: {error}"]
+    return faults + _base_faults(folder, base)
 
 
-def _lora_faults(config: Mapping[str, Any], lora: LoraConfig) -> list[str]:
+def weights_file(folder: Path) -> Path:
+    """The file whose hash an adapter is known by: PEFT's, or mlx-lm's where it is the only one.
+
+    Raises ConfigError when the folder holds no adapter.
+    """
+    return _weights_files(folder)[0]
+
+
+def adapter_files(folder: Path) -> list[Path]:
+    """The files that make up a checkpoint's adapter; mlx-lm's may be missing, as older checkpoints have none."""
+    of_mlx = [folder / MLX_WEIGHTS] if (folder / MLX_WEIGHTS).is_file() else []
+    return [folder / WEIGHTS, *of_mlx, folder / CONFIG, folder / METADATA]
+
+
+def _weights_files(folder: Path) -> list[Path]:
+    files = [folder / name for name in (WEIGHTS, MLX_WEIGHTS) if (folder / name).is_file()]
+    if not files or not (folder / CONFIG).is_file():
+        raise ConfigError(f"{folder} is no adapter: it needs {CONFIG}, and {WEIGHTS} or {MLX_WEIGHTS}.")
+    return files
+
+
+def _read_matrices(path: Path) -> tuple[Matrices, list[str]]:
+    """The LoRA matrices of a file, and what of it is none; raises ValueError when the file is broken."""
+    from safetensors import SafetensorError, deserialize
+
+    try:
+        tensors = deserialize(path.read_bytes())  # type: ignore[no-untyped-call]
+    except SafetensorError as error:
+        raise ValueError(f"{path.name}: {error}") from None
+    found: Matrices = {}
+    faults: list[str] = []
+    keys: dict[str, str] = {}
+    for key, tensor in sorted(tensors, key=lambda item: item[0]):
+        values = _as_float32(tensor)
+        if values is None:
+            faults.append(f"{key} holds {tensor['dtype']}, not floating-point numbers")
+            values = np.zeros(tensor["shape"], np.float32)
+        if not np.isfinite(values).all():
+            faults.append(f"{key} holds values that are not finite")
+        values = np.ascontiguousarray(values.T) if path.name == MLX_WEIGHTS else values
+        matrix = parse_parameter(key, values.shape)
+        if matrix is None:
+            faults.append(f"{key} is no LoRA matrix of a layer")
+        elif matrix.name in keys:
+            faults.append(f"{keys[matrix.name]} and {key} are the same matrix")
+        else:
+            keys[matrix.name] = key
+            found[matrix] = values
+    return found, [f"{path.name}: {fault}" for fault in faults]
+
+
+def _as_float32(tensor: Mapping[str, Any]) -> NDArray[Any] | None:
+    """A tensor of a safetensors file; None when it does not hold floating-point numbers."""
+    if tensor["dtype"] == "BF16":
+        # The upper half of a float32, and a type that NumPy does not have.
+        bits = np.frombuffer(tensor["data"], "<u2").astype(np.uint32) << 16
+        return bits.view(np.float32).reshape(tensor["shape"])
+    if tensor["dtype"] not in FLOATS:
+        return None
+    return np.frombuffer(tensor["data"], FLOATS[tensor["dtype"]]).astype(np.float32).reshape(tensor["shape"])
+
+
+def _differences(peft: Matrices, mlx: Matrices) -> list[str]:
+    differing = {
+        matrix.name
+        for matrix in peft.keys() | mlx.keys()
+        if matrix not in peft or matrix not in mlx or peft[matrix].tobytes() != mlx[matrix].tobytes()
+    }
+    if not differing:
+        return []
     return [
-        f"{key} is {config.get(key)!r}, the configuration says lora.{ours} {value!r}"
-        for key, ours, value in (("r", "rank", lora.rank), ("lora_alpha", "alpha", lora.alpha))
-        if config.get(key) != value
+        f"{WEIGHTS} and {MLX_WEIGHTS} differ in {len(differing)} matrices, such as {min(differing)}: delete "
+        f"{MLX_WEIGHTS} to use what PEFT loads, {WEIGHTS} to use what mlx-lm loads"
     ]
+
+
+def _mismatches(found: Matrices, expected: Sequence[LoraParameter], lora: LoraConfig) -> list[str]:
+    """What of the matrices that are there is not as expected; modules of which none is are told by name, once."""
+    there = {matrix.name: matrix for matrix in found}
+    wanted = {matrix.name: matrix for matrix in expected}
+    theirs, ours = {matrix.module for matrix in found}, {matrix.module for matrix in expected}
+    both = theirs & ours
+    faults = [] if theirs == ours else [_other_targets(theirs, ours, lora)]
+    faults += [f"{name} is missing" for name in wanted if name not in there and wanted[name].module in both]
+    faults += [
+        f"{name} is not part of this model's adapter"
+        for name in there
+        if name not in wanted and there[name].module in both
+    ]
+    faults += [
+        f"{name} has shape {list(there[name].shape)}, expected {list(matrix.shape)}"
+        for name, matrix in wanted.items()
+        if name in there and there[name].shape != matrix.shape
+    ]
+    return faults
+
+
+def _other_targets(theirs: set[str], ours: set[str], lora: LoraConfig) -> str:
+    if not theirs:
+        return "it holds no LoRA matrix of a layer"
+    surplus, lacking = ", ".join(sorted(theirs - ours)), ", ".join(sorted(ours - theirs))
+    what = [f"it adapts {surplus} too"] if surplus else []
+    what += [f"it does not adapt {lacking}"] if lacking else []
+    asked = lora.targets if isinstance(lora.targets, str) else f"[{', '.join(lora.targets)}]"
+    targets = ", ".join(sorted({module.rpartition(".")[2] for module in theirs}))
+    return f"lora.targets is {asked}, but {', and '.join(what)}: set lora.targets to [{targets}]"
+
+
+class _BaseOfAnAdapter(pydantic.BaseModel):
+    reference: str
+    sha256: str
+
+
+class _Metadata(pydantic.BaseModel):
+    base: _BaseOfAnAdapter
 
 
 def _base_faults(folder: Path, base: BaseModel) -> list[str]:
@@ -110,13 +230,12 @@ def _base_faults(folder: Path, base: BaseModel) -> list[str]:
         log.warning("%s has no %s, so it cannot be told which base it was trained on", folder, METADATA)
         return []
     try:
-        trained_on = json.loads(metadata.read_text(encoding="utf-8"))["base"]
-        reference, sha256 = trained_on["reference"], trained_on["sha256"]
-    except (ValueError, KeyError, TypeError):
+        trained_on = _Metadata.model_validate_json(metadata.read_bytes()).base
+    except pydantic.ValidationError:
         return [f"{METADATA} does not name a base with its sha256"]
-    if sha256 == base.sha256:
+    if trained_on.sha256 == base.sha256:
         return []
     return [
-        f"it was trained on {reference} (sha256 {sha256[:12]}), model.base is {base.reference} "
+        f"it was trained on {trained_on.reference} (sha256 {trained_on.sha256[:12]}), model.base is {base.reference} "
         f"(sha256 {base.sha256[:12]})"
     ]

@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol
 
 from numpy.typing import NDArray
 
+from nestune.backends.training_state import TrainingState
 from nestune.data.batches import Batch
 from nestune.tiers.parameters import LoraParameter
 
@@ -76,6 +77,10 @@ class Backend(Protocol):
         """The loss over all batches, without dropout or gradients."""
         ...
 
+    def logits(self, tokens: Sequence[int]) -> NDArray[Any]:
+        """The logits, float32 (len(tokens), vocabulary), after each token of one row, without dropout."""
+        ...
+
     def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
         """Greedy continuations of prompts (token ids), each cut before its first end token."""
         ...
@@ -88,5 +93,16 @@ class Backend(Protocol):
         """Take the weights of a saved adapter; None: those of an untrained one, which changes nothing.
 
         Raises ConfigError when it was trained on another base, or any name or shape does not match.
+        """
+        ...
+
+    def training_state(self) -> TrainingState:
+        """A copy of how far training is since `prepare_training`, the weights left out."""
+        ...
+
+    def restore_training(self, state: TrainingState) -> None:
+        """Go on from a state that any backend saved, in the middle of a window too; `prepare_training` comes first.
+
+        Raises ConfigError when its optimizer, tiers, policy, seed or shapes are others.
         """
         ...

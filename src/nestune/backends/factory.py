@@ -1,29 +1,68 @@
 """Which backend trains: the one place that knows them all, and imports none before it is asked for."""
 
+import platform
+from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Literal
 
 from nestune.backends.base import Backend
 from nestune.config import RunConfig
 from nestune.errors import ConfigError
 
+PACKAGES = {"torch": ("torch", "peft"), "mlx": ("mlx", "mlx_lm")}
+EXTRAS = {"torch": "cuda", "mlx": "mlx"}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The framework that trains, and why it is this one."""
+
+    name: Literal["torch", "mlx"]
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason})"
+
+
+def choose_backend(config: RunConfig) -> Choice:
+    """The backend that the configuration asks for; auto: MLX on Apple silicon, else PyTorch (CUDA, else the CPU).
+
+    Where only one of the two is installed, auto takes that. Raises ConfigError when the packages are not installed.
+    """
+    asked = config.model.backend
+    if asked != "auto":
+        missing = _missing(asked)
+        if missing:
+            raise ConfigError(
+                f"the {asked} backend needs {' and '.join(missing)}; install it with: "
+                f"pip install 'nestune[{EXTRAS[asked]}]'"
+            )
+        return Choice(asked, "as configured")
+    apple_silicon = platform.system() == "Darwin" and platform.machine() == "arm64"
+    if apple_silicon and not _missing("mlx"):
+        return Choice("mlx", "auto: Apple silicon")
+    if not _missing("torch"):
+        return Choice("torch", "auto: MLX is not installed" if apple_silicon else "auto: no Apple silicon")
+    if not _missing("mlx"):
+        return Choice("mlx", "auto: PyTorch is not installed")
+    raise ConfigError(
+        "no backend is installed; install one with: pip install 'nestune[cuda]' (PyTorch), or 'nestune[mlx]' (MLX)"
+    )
+
 
 def make_backend(config: RunConfig) -> Backend:
-    """The backend that the configuration asks for, with its base model loaded and a new adapter on it.
+    """The chosen backend, with its base model loaded and a new adapter on it; raises as `choose_backend`."""
+    if choose_backend(config).name == "mlx":
+        from nestune.backends.mlx_blas import load_fast_blas
 
-    auto: PyTorch. Raises ConfigError when the framework is not installed.
-    """
-    check_backend(config)
+        load_fast_blas()
+        from nestune.backends.mlx_backend import MlxBackend
+
+        return MlxBackend(config)
     from nestune.backends.torch_backend import TorchBackend
 
     return TorchBackend(config)
 
 
-def check_backend(config: RunConfig) -> None:
-    """Raise ConfigError when the configured backend is not there or its packages are not installed."""
-    if config.model.backend == "mlx":
-        raise ConfigError("model.backend is 'mlx'; this version trains with torch only. Set it to auto or torch.")
-    missing = [package for package in ("torch", "peft") if find_spec(package) is None]
-    if missing:
-        raise ConfigError(
-            f"the torch backend needs {' and '.join(missing)}; install it with: pip install 'nestune[cuda]'"
-        )
+def _missing(backend: str) -> list[str]:
+    return [package for package in PACKAGES[backend] if find_spec(package) is None]

@@ -14,11 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nestune.errors import ConfigError, RunError
+from nestune.errors import ConfigError, DivergedError, RunError
 from nestune.tiers.parameters import split_name
 from nestune.tiers.schedule import TierSchedule
-
-DIVERGED_REMEDY = "Lower the learning rate (training.learning_rate), or add warm-up (training.warmup_steps)."
 
 
 @dataclass
@@ -277,7 +275,7 @@ class TieredOptimizer(Optimizer):
         moving = [matrix for matrix in self.matrices if matrix.grad is not None]
         norm = nn.utils.get_total_norm([matrix.grad for matrix in moving if matrix.grad is not None])
         if not math.isfinite(norm):
-            raise RunError(f"training diverged: the gradient's norm is {norm}. {DIVERGED_REMEDY}")
+            raise DivergedError(f"the gradient's norm is {norm}")
         if self._max_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(moving, self._max_grad_norm, norm)
         return float(norm)

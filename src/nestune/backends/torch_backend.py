@@ -4,7 +4,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,12 +24,15 @@ from nestune.backends.base import Loss, StepResult
 from nestune.backends.frozen_lora import shorten_frozen_forward
 from nestune.backends.head_loss import head_loss
 from nestune.backends.lora_modules import trainable_lora
-from nestune.backends.tiered_optimizer import DIVERGED_REMEDY, TieredOptimizer
+from nestune.backends.randomness import initial_weights, step_seed
+from nestune.backends.tiered_optimizer import TieredOptimizer
+from nestune.backends.torch_state import read_state, restore_state
+from nestune.backends.training_state import TrainingState, check_fits
 from nestune.base_model import resolve_base
 from nestune.config import RunConfig
 from nestune.data.batches import Batch
 from nestune.data.tokens import Tokenizer, load_tokenizer
-from nestune.errors import ConfigError, RunError
+from nestune.errors import ConfigError, DivergedError
 from nestune.tiers.parameters import LoraParameter
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -69,7 +72,6 @@ class TorchBackend:
         self._pad_id = int(tokenizer.pad_token_id)
         self._causal.generation_config = greedy_generation(self._causal.generation_config, tokenizer)
         self._end_ids = frozenset(self._causal.generation_config.eos_token_id)
-        torch.manual_seed(config.training.seed)
         self._model = _add_lora(self._causal, config)
         shorten_frozen_forward(self._model)
         if config.training.gradient_checkpointing:
@@ -78,8 +80,9 @@ class TorchBackend:
         matrices = trainable_lora(self._model)
         self._described = [matrix.described for matrix in matrices]
         self._parameters = {matrix.described.name: matrix.values for matrix in matrices}
-        self._peft_keys = {matrix.described.name: matrix.key.replace(".default.", ".") for matrix in matrices}
-        self._untrained = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        self._modules = {matrix.described.name: _module_path(matrix.key) for matrix in matrices}
+        self._untrained = initial_weights(self._described, config.training.seed)
+        self._set_weights(self._untrained)
         self._head_is_linear, self._positions_at_once = self._probe_head()
         self._optimizer: TieredOptimizer | None = None
 
@@ -102,11 +105,11 @@ class TorchBackend:
             optimizer=OPTIMIZERS[training.optimizer],
             weight_decay=training.weight_decay,
         )
-        torch.manual_seed(training.seed)
 
     def train_step(self, micro_batches: Sequence[Batch], due: frozenset[int], learning_rate: float) -> StepResult:
         assert self._optimizer is not None, "prepare_training comes first"
         self._optimizer.require_gradients(due)
+        torch.manual_seed(step_seed(self._config.training.seed, self._optimizer.steps + 1))
         nats, tokens = self._backward(micro_batches)
         self._optimizer.set_learning_rate(learning_rate)
         grad_norm = self._optimizer.update(due)
@@ -118,15 +121,14 @@ class TorchBackend:
         steps: Iterable[Sequence[Batch]],
         measure: Literal["gradient", "squared_gradient", "taylor"],
     ) -> dict[str, float]:
-        torch.manual_seed(self._config.training.seed)
         of_a_step = IMPORTANCE[measure]
         totals = {name: torch.zeros((), dtype=torch.float64, device=self.device) for name in self._parameters}
         count = 0
         for parameter in self._parameters.values():
             parameter.requires_grad_(True)
-        for micro_batches in steps:
+        for count, micro_batches in enumerate(steps, start=1):
+            torch.manual_seed(step_seed(self._config.training.seed, count))
             self._backward(micro_batches)
-            count += 1
             for name, parameter in self._parameters.items():
                 # None where the step left the layer out, as models that drop layers at random do: no gradient, 0.
                 if parameter.grad is not None:
@@ -136,11 +138,19 @@ class TorchBackend:
 
     def loss(self, batches: Iterable[Batch]) -> Loss:
         nats, tokens = 0.0, 0
+        self._switch(training=False)
         with torch.no_grad():
             for batch in batches:
                 nats += self._mean_loss(batch, tokens=1).item()
                 tokens += int(batch.supervised.sum())
         return Loss(nats, tokens)
+
+    def logits(self, tokens: Sequence[int]) -> NDArray[Any]:
+        self._switch(training=False)
+        with torch.no_grad(), self._autocast():
+            logits = self._causal(torch.tensor([tokens], device=self.device), use_cache=False).logits[0]
+        array: NDArray[Any] = logits.float().cpu().numpy()
+        return array
 
     def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
         width = max(len(prompt) for prompt in prompts)
@@ -149,6 +159,7 @@ class TorchBackend:
         for row, prompt in enumerate(prompts):
             tokens[row, width - len(prompt) :] = torch.as_tensor(np.asarray(prompt, dtype=np.int64))
             attention[row, width - len(prompt) :] = 1
+        self._switch(training=False)
         with torch.no_grad(), self._autocast():
             written = self._model.generate(
                 input_ids=tokens.to(self.device),
@@ -158,36 +169,47 @@ class TorchBackend:
         return [self._until_end(row) for row in written[:, width:].tolist()]
 
     def save_adapter(self, folder: Path) -> None:
-        weights = {self._peft_keys[name]: array for name, array in self.weights().items()}
-        targets = sorted({described.module.rpartition(".")[2] for described in self.lora_parameters()})
-        write_adapter(folder, weights, targets, self._config.lora, self._base)
+        layers = self._causal.config.get_text_config().num_hidden_layers
+        write_adapter(folder, self.weights(), self._modules, layers, self._config.lora, self._base)
 
     def load_adapter(self, folder: Path | None) -> None:
-        values = self._untrained
-        if folder is not None:
-            shapes = {self._peft_keys[name]: tuple(parameter.shape) for name, parameter in self._parameters.items()}
-            read = read_adapter(folder, shapes, self._config.lora, self._base)
-            values = {name: torch.from_numpy(read[key]) for name, key in self._peft_keys.items()}
+        read = read_adapter(folder, self._described, self._config.lora, self._base) if folder else {}
+        self._set_weights({**self._untrained, **read})
+
+    def training_state(self) -> TrainingState:
+        assert self._optimizer is not None, "prepare_training comes first"
+        return read_state(self._optimizer, self._config.training.optimizer, self._config.training.seed)
+
+    def restore_training(self, state: TrainingState) -> None:
+        assert self._optimizer is not None, "prepare_training comes first"
+        check_fits(state, self.training_state(), {described.name: described.shape for described in self._described})
+        restore_state(self._optimizer, state)
+
+    def _set_weights(self, values: Mapping[str, NDArray[Any]]) -> None:
         with torch.no_grad():
             for name, parameter in self._parameters.items():
-                parameter.copy_(values[name])
+                parameter.copy_(torch.from_numpy(values[name]))
+
+    def _switch(self, training: bool) -> None:
+        """Dropout on or off; asked first, as setting it walks through every module."""
+        if self._model.training != training:
+            self._model.train(training)
 
     def _backward(self, micro_batches: Sequence[Batch]) -> tuple[float, int]:
         """Add up the gradients of a step's mean loss; returns that loss, in nats per token, and the tokens.
 
-        Raises RunError when the loss is not finite.
+        Raises DivergedError when the loss is not finite.
         """
         tokens = sum(int(batch.supervised.sum()) for batch in micro_batches)
-        self._model.train()
+        self._switch(training=True)
         nats = 0.0
         for batch in micro_batches:
             loss = self._mean_loss(batch, tokens)
             nats += loss.item()
             if loss.requires_grad:
                 loss.backward()
-        self._model.eval()
         if not math.isfinite(nats):
-            raise RunError(f"training diverged: the loss is {nats}. {DIVERGED_REMEDY}")
+            raise DivergedError(f"the loss is {nats}")
         return nats, tokens
 
     def _mean_loss(self, batch: Batch, tokens: int) -> Tensor:
@@ -224,6 +246,11 @@ class TorchBackend:
     def _until_end(self, tokens: list[int]) -> list[int]:
         ends = [position for position, token in enumerate(tokens) if token in self._end_ids]
         return tokens[: ends[0]] if ends else tokens
+
+
+def _module_path(key: str) -> str:
+    """Where the module of a PEFT parameter is in the base model, e.g. `model.layers.3.self_attn.q_proj`."""
+    return key.removeprefix("base_model.model.").rpartition(".lora_")[0]
 
 
 def greedy_generation(recommended: GenerationConfig, tokenizer: Tokenizer) -> GenerationConfig:

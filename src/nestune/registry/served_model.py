@@ -3,11 +3,12 @@
     mlflow.pyfunc.load_model("models:/nestune@champion").predict(["What is the capital of France?"])
 
 A version holds the adapter only. Its base is found by the reference it was trained with, or by the folder in
-the environment variable NESTUNE_BASE, and must be, by content, the one that the adapter was trained on.
+the environment variable NESTUNE_BASE, and must be, by content, the one that the adapter was trained on. It answers
+with PyTorch or with MLX, whichever `model.backend: auto` takes here; which of them trained it does not matter.
 """
 
 import os
-import warnings
+from pathlib import Path
 from typing import Any
 
 from mlflow.models import set_model
@@ -19,26 +20,26 @@ class ServedAdapter(PythonModel):  # type: ignore[misc]
 
     def load_context(self, context: Any) -> None:
         """Load the base and put the adapter on it; raises ConfigError when it is not the adapter's base."""
-        import torch
-        from peft import PeftModel
-        from transformers import AutoModelForCausalLM
-
-        from nestune.backends.torch_backend import greedy_generation
+        from nestune.backends.factory import make_backend
+        from nestune.config import RunConfig
         from nestune.data.tokens import load_tokenizer
 
-        settings = context.model_config
+        settings, adapter = context.model_config, context.artifacts["adapter"]
         folder = _find_base(settings)
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        # What decides the answers, as in the evaluation; no data is read.
+        config = RunConfig.model_validate(
+            {
+                "name": "served",
+                "model": {"base": str(folder), "dtype": settings["dtype"]},
+                "lora": settings["lora"],
+                "training": {"precision": settings["precision"]},
+                "data": {"train": adapter},
+            }
+        )
         self._max_new_tokens = int(settings["max_new_tokens"])
         self._tokenizer = load_tokenizer(folder)
-        base = AutoModelForCausalLM.from_pretrained(folder, dtype=settings["dtype"])
-        # As in the evaluation, so that a version answers as it was scored.
-        base.generation_config = greedy_generation(base.generation_config, self._tokenizer)
-        with warnings.catch_warnings():
-            # PEFT asks Transformers in ways that Transformers has begun to rename; callers can do nothing about it.
-            warnings.simplefilter("ignore", FutureWarning)
-            model = PeftModel.from_pretrained(base, context.artifacts["adapter"])
-        self._model = model.to(self._device).eval()
+        self._backend = make_backend(config)
+        self._backend.load_adapter(Path(adapter))
 
     def predict(self, context: Any, model_input: list[str]) -> list[str]:
         """The greedy answer to each prompt.
@@ -48,20 +49,13 @@ class ServedAdapter(PythonModel):  # type: ignore[misc]
         return [self._answer(prompt) for prompt in model_input]
 
     def _answer(self, prompt: str) -> str:
-        import torch
-
         tokenizer = self._tokenizer
         if tokenizer.chat_template:
             asked = [{"role": "user", "content": prompt}]
             prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-        tokens = tokenizer(prompt, add_special_tokens=not tokenizer.chat_template, return_tensors="pt").input_ids
-        with torch.no_grad():
-            written = self._model.generate(
-                input_ids=tokens.to(self._device),
-                attention_mask=torch.ones_like(tokens).to(self._device),
-                max_new_tokens=self._max_new_tokens,
-            )
-        return str(tokenizer.decode(written[0, tokens.shape[1] :], skip_special_tokens=True)).strip()
+        tokens = tokenizer(prompt, add_special_tokens=not tokenizer.chat_template).input_ids
+        written = self._backend.generate([tokens], self._max_new_tokens)[0]
+        return str(tokenizer.decode(written, skip_special_tokens=True)).strip()
 
 
 def _find_base(settings: Any) -> Any:

@@ -42,18 +42,30 @@ class TrackedRun:
         self.run_id = run_id
         self._waiting: list[Any] = []
         self._send_at = time.monotonic() + SEND_EVERY_S
+        self._sent_before: dict[str, int] = {}
 
     def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Take the metrics of a step; they are sent now, or with those of the next steps."""
         from mlflow.entities import Metric
 
         now_ms = int(time.time() * 1000)
-        self._waiting += [Metric(name, float(value), now_ms, step) for name, value in values.items()]
+        self._waiting += [
+            Metric(name, float(value), now_ms, step)
+            for name, value in values.items()
+            if step > self._sent_before.get(name, -1)
+        ]
         if time.monotonic() >= self._send_at:
             try:
                 self.flush()
             except ServiceError as error:
                 log.warning("%s Training goes on; the metrics wait until it answers.", error)
+
+    def skip_steps_sent_before(self) -> None:
+        """From now on take no metric of a step, or an earlier one, of which MLflow already has it."""
+        with speaking_to(self.uri):
+            for name in self.client.get_run(self.run_id).data.metrics:
+                history = self.client.get_metric_history(self.run_id, name)
+                self._sent_before[name] = max(metric.step for metric in history)
 
     def flush(self) -> None:
         """Send now what waits; raises ServiceError when MLflow fails, and keeps what it did not take."""
@@ -153,10 +165,35 @@ def resume_tracking(config: RunConfig, run: RunPaths) -> TrackedRun:
     return TrackedRun(client, uri, noted["run_id"])
 
 
+def go_on_tracking(config: RunConfig, run: RunPaths, tags: Mapping[str, str]) -> TrackedRun:
+    """The MLflow run of a training that goes on, running again; a new one where MLflow no longer has it.
+
+    MLflow's parameters cannot change: what is configured otherwise than before becomes a tag of the same name. Steps
+    whose metrics MLflow already has are not sent again.
+    """
+    try:
+        tracked = resume_tracking(config, run)
+    except ServiceError:
+        raise
+    except RunError as error:
+        log.warning("%s It is tracked anew.", error)
+        return start_tracking(config, run, tags)
+    with speaking_to(tracked.uri):
+        before = tracked.client.get_run(tracked.run_id).data.params
+        tracked.client.update_run(tracked.run_id, status="RUNNING")
+        tracked.client.log_text(tracked.run_id, dump_config(config), "config.yaml")
+    changed = {key: value for key, value in flatten(config).items() if before.get(key) != value[:PARAM_CHARACTERS]}
+    tracked.set_tags({**tags, "git_commit": git_commit(), **changed})
+    tracked.skip_steps_sent_before()
+    return tracked
+
+
 @contextmanager
-def tracked_run(config: RunConfig, run: RunPaths, tags: Mapping[str, str]) -> Iterator[TrackedRun]:
-    """As `start_tracking`; when the block ends, the run is ended: finished, failed, or killed (interrupted)."""
-    tracked = start_tracking(config, run, tags)
+def tracked_run(
+    config: RunConfig, run: RunPaths, tags: Mapping[str, str], goes_on: bool = False
+) -> Iterator[TrackedRun]:
+    """As `start_tracking` or `go_on_tracking`; when the block ends, so does the run: finished, failed or killed."""
+    tracked = (go_on_tracking if goes_on else start_tracking)(config, run, tags)
     try:
         yield tracked
     except Exception:

@@ -9,7 +9,7 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
 
-from nestune.backends.adapters import CONFIG, METADATA, WEIGHTS, misfits
+from nestune.backends.adapters import METADATA, WEIGHTS, adapter_files, misfits
 from nestune.base_model import BaseModel
 from nestune.config import RegistryConfig, RunConfig
 from nestune.errors import ConfigError, RunError
@@ -19,7 +19,11 @@ from nestune.runs import read_json, sha256_file
 CANDIDATE = "candidate"
 CHAMPION = "champion"
 SERVED_MODEL = Path(__file__).with_name("served_model.py")
-REQUIREMENTS = ("mlflow", "torch", "transformers", "peft")
+# What a version needs to answer, beside nestune: the packages of the backend that trained it.
+REQUIREMENTS = {
+    "torch": ("mlflow", "transformers", "torch", "peft"),
+    "mlx": ("mlflow", "transformers", "mlx[cpu]", "mlx-lm"),
+}
 REFERENCE = re.compile(r"models:/(?P<name>[^/@']+)(?P<which>@[^/@]+|/[0-9]+)")
 FORMS = "Name a folder, models:/<name>@<alias> or models:/<name>/<version>."
 TAG_CHARACTERS = 4000
@@ -176,7 +180,7 @@ def _create_version(client: Any, config: RunConfig, run_id: str, checkpoint: Pat
     model = Model(artifact_path=location, run_id=run_id, model_uuid=model_id, model_id=model_id)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, "model")
-        _save_model(model, config, str(metadata["base"]["sha256"]), checkpoint, folder)
+        _save_model(model, config, metadata, checkpoint, folder)
         client.log_model_artifacts(model_id, str(folder))
     client.finalize_logged_model(model_id, LoggedModelStatus.READY)
     client.log_outputs(run_id, [LoggedModelOutput(model_id, step=int(metadata["step"]))])
@@ -184,19 +188,21 @@ def _create_version(client: Any, config: RunConfig, run_id: str, checkpoint: Pat
     return client.create_model_version(name, location, run_id=run_id, tags=dict(tags), model_id=model_id)
 
 
-def _save_model(model: Any, config: RunConfig, base_sha256: str, checkpoint: Path, folder: Path) -> None:
-    """Write an MLflow model: PEFT's two files, our metadata, the code that serves them, and where the base is."""
+def _save_model(model: Any, config: RunConfig, metadata: Mapping[str, Any], checkpoint: Path, folder: Path) -> None:
+    """Write an MLflow model: the adapter with its metadata, the code that serves it, and where the base is."""
     from mlflow import pyfunc
 
     adapter = folder.with_name("adapter")
     adapter.mkdir()
-    for file in (WEIGHTS, CONFIG, METADATA):
-        shutil.copyfile(checkpoint / file, adapter / file)
+    for file in adapter_files(checkpoint):
+        shutil.copyfile(file, adapter / file.name)
     settings = {
         "base": config.model.base,
         "revision": config.model.revision,
-        "base_sha256": base_sha256,
+        "base_sha256": str(metadata["base"]["sha256"]),
         "dtype": config.model.dtype,
+        "precision": config.training.precision,
+        "lora": config.lora.model_dump(mode="json"),
         "max_new_tokens": config.evaluation.max_answer_tokens,
     }
     with environment_defaults(MODEL_SETTINGS):
@@ -206,9 +212,13 @@ def _save_model(model: Any, config: RunConfig, base_sha256: str, checkpoint: Pat
             python_model=str(SERVED_MODEL),
             artifacts={"adapter": str(adapter)},
             model_config=settings,
-            # A local version label such as +cpu is on no package index.
-            pip_requirements=[f"{name}=={installed_version(name).partition('+')[0]}" for name in REQUIREMENTS],
+            pip_requirements=[f"{package}=={_installed(package)}" for package in REQUIREMENTS[metadata["backend"]]],
         )
+
+
+def _installed(package: str) -> str:
+    """The version that is installed, without a local label such as +cpu, which is on no package index."""
+    return installed_version(package.partition("[")[0]).partition("+")[0]
 
 
 def _fetch(client: Any, uri: str, name: str, version: str) -> Path:

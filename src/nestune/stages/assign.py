@@ -119,7 +119,7 @@ def importance_behind(run: RunPaths) -> Measured | None:
 
 def _measure(inputs: TrainingInputs, backend: Backend, run: RunPaths) -> tuple[Measured, bool]:
     """The importances, and whether they are those of an earlier pass."""
-    depends_on = inputs.importance_depends_on(backend.name)
+    depends_on = inputs.importance_depends_on()
     earlier = read_importance(run.importance) if run.importance.exists() else None
     names = {p.name for p in backend.lora_parameters()}
     if earlier is not None and earlier.measured_on == depends_on and earlier.importance.keys() == names:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nestune.backends.adapters import CONFIG, METADATA, WEIGHTS
+from nestune.backends.adapters import METADATA, adapter_files, weights_file
 from nestune.backends.base import Backend
 from nestune.backends.factory import make_backend
 from nestune.base_model import resolve_base
@@ -92,7 +92,7 @@ def evaluate(config: RunConfig, run: RunPaths, backend: Backend | None = None) -
     dataset = load_dataset(config.data, config.retention.replay, tokenizer, row_limit, run.dataset)
     sets = {NEW_TASK: dataset.valid, **dataset.retention}
     backend = backend or make_backend(config)
-    adapters = {model: sha256_file(folder / WEIGHTS) if folder else None for model, folder in folders.items()}
+    adapters = {model: sha256_file(weights_file(folder)) if folder else None for model, folder in folders.items()}
     scores = _score_once(backend, folders, adapters, sets, tokenizer, config)
     verdict = decide(scores, config.gate)
     evaluation = Evaluation(
@@ -130,7 +130,7 @@ def check_seal(evaluation: Path, checkpoint: Path) -> None:
 
 
 def _sealed(evaluation: Path, checkpoint: Path) -> dict[str, Path]:
-    return {"report": evaluation / "report.json"} | {name: checkpoint / name for name in (WEIGHTS, CONFIG, METADATA)}
+    return {"report": evaluation / "report.json"} | {path.name: path for path in adapter_files(checkpoint)}
 
 
 def _adapter_folders(config: RunConfig, candidate: Path, current: Champion | None) -> dict[str, Path | None]:

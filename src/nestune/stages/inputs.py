@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from nestune.backends.adapters import WEIGHTS
+from nestune.backends.adapters import weights_file
 from nestune.base_model import BaseModel, resolve_base
 from nestune.config import ImportanceConfig, RunConfig, TierConfig
 from nestune.data.batches import Batch, training_steps
@@ -31,8 +31,14 @@ class TrainingInputs:
         replay_rows = self.config.retention.replay.rows_per_step
         return training_steps(self.dataset.train, self.config.training, self.pad_id, self.dataset.replay, replay_rows)
 
-    def importance_depends_on(self, backend: str) -> dict[str, Any]:
-        """All that the importances of this training depend on, by name, as JSON has it.
+    @property
+    def data_sha256(self) -> str:
+        """SHA-256 of the rows that shape training: trained on, replayed, validated with."""
+        folder, sets = self.dataset.folder, self.dataset.sets
+        return sha256_files(folder, [folder / f"{name}.jsonl" for name in sets if not name.startswith("retention/")])
+
+    def importance_depends_on(self) -> dict[str, Any]:
+        """All that the importances of this training depend on, by name, as JSON has it: on any backend the same.
 
         What the pass itself is set to has the name of its field; the rest, that of its key in the configuration.
         """
@@ -44,13 +50,12 @@ class TrainingInputs:
             "data (dataset)": self.dataset.sha256,
             "model.base": self.base.sha256,
             "model.base (tokenizer)": sha256_files(self.base.folder, tokenizer_files(self.base.folder)),
-            "model.adapter": sha256_file(self.parent / WEIGHTS) if self.parent else None,
+            "model.adapter": sha256_file(weights_file(self.parent)) if self.parent else None,
             "lora": self.config.lora.model_dump(mode="json"),
             "model.dtype": self.config.model.dtype,
             "data.max_seq_length": self.base.row_limit(self.config.data.max_seq_length),
             "retention.replay.rows_per_step": replay.rows_per_step if replay.files else 0,
             **{f"training.{key}": value for key, value in training.model_dump(include=of_training).items()},
-            "model.backend": backend,
             "version of nestune": version("nestune"),
         }
 

@@ -9,6 +9,8 @@ LORA_NAME = re.compile(
     r"(?:lora|adapter)_(?P<side>[ab])(?:\.(?!bias$)[^.]+)?(?:\.weight)?$",
     re.IGNORECASE,
 )
+# As a layer computes them; frameworks list them in orders of their own.
+IN_A_LAYER = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
 RANKS = re.compile(r"(?P<matrix>.+)\[(?P<start>\d+):(?P<stop>\d+)\]")
 
 
@@ -50,6 +52,13 @@ def parse_parameter(name: str, shape: tuple[int, ...]) -> LoraParameter | None:
     if found is None:
         return None
     return LoraParameter(int(found["layer"]), found["module"], "a" if found["side"] in "aA" else "b", shape)
+
+
+def model_order(parameter: LoraParameter) -> tuple[int, bool, int, str, str]:
+    """A key that sorts parameters the same on every backend: by layer, attention first, modules as they compute."""
+    kind = parameter.module.rpartition(".")[2]
+    place = IN_A_LAYER.index(kind) if kind in IN_A_LAYER else len(IN_A_LAYER)
+    return parameter.layer, "attn" not in parameter.module, place, parameter.module, parameter.side
 
 
 def name_of_ranks(matrix: str, ranks: range) -> str:

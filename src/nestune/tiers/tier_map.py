@@ -11,7 +11,7 @@ from nestune.config import TierConfig
 from nestune.errors import ConfigError, RunError
 from nestune.runs import read_json, write_json
 from nestune.tiers.importance import Importance
-from nestune.tiers.parameters import LoraParameter, split_name
+from nestune.tiers.parameters import LoraParameter, model_order, split_name
 from nestune.tiers.strategies import STRATEGIES
 
 
@@ -66,6 +66,7 @@ def assign_tiers(
             "tiers.strategy parameter_importance needs gradients measured on the task's data: `nestune tiers` measures "
             "them. Where there is no run, take another strategy, or the tiers.json of a run."
         )
+    parameters = sorted(parameters, key=model_order)
     chosen = STRATEGIES[tiers.strategy](parameters, tiers, importance or {})
     slowest = len(tiers.update_every) - 1
     mapped = {split_name(name)[0] for name in chosen}

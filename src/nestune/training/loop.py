@@ -19,14 +19,17 @@ def run_training(
     valid: Sequence[Batch],
     training: TrainingConfig,
     recorder: Recorder,
+    best: BestLoss,
     checkpoints: Checkpoints,
-) -> BestLoss:
-    """Train to the last step, or until validation no longer improves; returns the best validation loss.
+) -> None:
+    """Train to the last step, or until validation no longer improves, from the recorder's last step on.
 
-    The last step is always validated. A window that is not full at the end is not applied.
+    `steps` begins with the step after that one. The last step is always validated. A window that is not full at the
+    end is not applied.
     """
-    best = BestLoss(training.early_stopping)
-    for step in range(1, training.steps + 1):
+    for step in range(recorder.last_step + 1, training.steps + 1):
+        if best.should_stop:
+            break
         due = schedule.due(step)
         rate = learning_rate(step, training)
         result = backend.train_step(next(steps), due, rate)
@@ -36,13 +39,10 @@ def run_training(
             improved = best.update(loss.mean)
             recorder.validation(step, loss, improved)
             if improved:
-                checkpoints.save("best", step, best.loss, recorder.update_counts)
+                checkpoints.save("best", best)
         if _is_multiple(step, training.checkpoint_every):
-            checkpoints.save_periodic(step, best.loss, recorder.update_counts)
-        if best.should_stop:
-            break
-    checkpoints.save("final", step, best.loss, recorder.update_counts)
-    return best
+            checkpoints.save_periodic(step, best)
+    checkpoints.save("final", best)
 
 
 def _is_multiple(step: int, every: int | None) -> bool:

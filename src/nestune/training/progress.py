@@ -11,16 +11,20 @@ PLAIN_LINES = 10
 
 
 class ProgressBar:
-    """Shows step and time left on standard error; of training, as a `Listener`, also loss, due tiers and tokens/s."""
+    """Shows step and time left on standard error; of training, as a `Listener`, also loss, due tiers and tokens/s.
 
-    def __init__(self, steps: int, text: str = "training") -> None:
+    taken: steps that were taken before.
+    """
+
+    def __init__(self, steps: int, text: str = "training", taken: int = 0) -> None:
         self._steps = steps
+        self._taken = taken
         self._valid_loss = ""
         self._began = time.monotonic()
         self._console = Console(stderr=True)
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
         self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
-        self._task = self._bar.add_task(text, total=steps)
+        self._task = self._bar.add_task(text, total=steps, completed=taken)
 
     def __enter__(self) -> "ProgressBar":
         self._began = time.monotonic()
@@ -31,6 +35,10 @@ class ProgressBar:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """Print a line that stays, on a terminal or not."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def on_step(self, line: dict[str, Any]) -> None:
         """Show a step of training."""
@@ -47,6 +55,5 @@ class ProgressBar:
         self._bar.update(self._task, completed=step, description=text)
         every = max(1, self._steps // PLAIN_LINES)
         if not self._console.is_terminal and step % every == 0:
-            left_s = (self._steps - step) * (time.monotonic() - self._began) / step
-            shown = f"step {step}/{self._steps} · {text} · {left_s:.0f} s left"
-            self._console.print(shown, highlight=False, soft_wrap=True)
+            left_s = (self._steps - step) * (time.monotonic() - self._began) / (step - self._taken)
+            self.say(f"step {step}/{self._steps} · {text} · {left_s:.0f} s left")

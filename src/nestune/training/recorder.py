@@ -1,16 +1,20 @@
 """What happened at each step and validation: two JSONL files, and whoever else listens."""
 
 import json
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 from nestune.backends.base import Loss, StepResult
+from nestune.runs import write_text
 
 TRAIN_METRICS = "train_metrics.jsonl"
 EVAL_METRICS = "eval_metrics.jsonl"
+
+log = logging.getLogger(__name__)
 
 
 class Listener(Protocol):
@@ -26,14 +30,23 @@ class Listener(Protocol):
 
 
 class Recorder:
-    """Appends a line to the metrics files at each step and validation, so that they can be read meanwhile."""
+    """Appends a line to the metrics files at each step and validation, so that they can be read meanwhile.
 
-    def __init__(self, folder: Path, n_tiers: int, listeners: Sequence[Listener] = ()) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.last_step = 0
-        self.update_counts = [0] * n_tiers
-        self._train = (folder / TRAIN_METRICS).open("w", encoding="utf-8", buffering=1)
-        self._eval = (folder / EVAL_METRICS).open("w", encoding="utf-8", buffering=1)
+    last_step, update_counts: how far training is when it begins, or goes on. Lines of the files up to that step stay,
+    later ones go: the steps that they tell of are taken again.
+    """
+
+    def __init__(
+        self, folder: Path, update_counts: Sequence[int], listeners: Sequence[Listener] = (), last_step: int = 0
+    ) -> None:
+        self.last_step = last_step
+        self.update_counts = list(update_counts)
+        self._train_path, self._eval_path = folder / TRAIN_METRICS, folder / EVAL_METRICS
+        kept = [_cut_off_after(last_step, path) for path in (self._train_path, self._eval_path)]
+        if kept[0] != last_step:
+            log.warning("%s tells of %d steps only; training goes on after %d", self._train_path, kept[0], last_step)
+        self._train = self._train_path.open("a", encoding="utf-8", buffering=1)
+        self._eval = self._eval_path.open("a", encoding="utf-8", buffering=1)
         self._listeners = listeners
         self._step_began = time.perf_counter()
 
@@ -67,6 +80,12 @@ class Recorder:
             listener.on_validation(line)
         self._step_began = time.perf_counter()
 
+    def replay(self, listener: Listener) -> None:
+        """Let a listener hear of all that the files tell."""
+        for path, hear in ((self._train_path, listener.on_step), (self._eval_path, listener.on_validation)):
+            for line in path.read_text(encoding="utf-8").splitlines():
+                hear(json.loads(line))
+
     def __enter__(self) -> Self:
         return self
 
@@ -75,3 +94,22 @@ class Recorder:
     ) -> None:
         self._train.close()
         self._eval.close()
+
+
+def lines_until(step: int, lines: Iterable[str]) -> Iterator[str]:
+    """The lines of a metrics file up to a step; they end before one that a killed process left half-written."""
+    for line in lines:
+        try:
+            if not line.endswith("\n") or json.loads(line)["step"] > step:
+                return
+        except (ValueError, KeyError, TypeError):
+            return
+        yield line
+
+
+def _cut_off_after(step: int, path: Path) -> int:
+    """Leave only the lines up to a step in a metrics file, which need not exist; returns how many."""
+    written = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    kept = list(lines_until(step, written.splitlines(keepends=True)))
+    write_text(path, "".join(kept))
+    return len(kept)

@@ -1,12 +1,16 @@
 """Which validation was the best, and whether to go on."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from nestune.config import EarlyStopping
 
 
 class BestLoss:
     """Follows the validation loss, in nats per token."""
+
+    STATE = ("best_validation_loss", "reference_loss", "validations_without_improvement")
 
     def __init__(self, stopping: EarlyStopping | None) -> None:
         self.loss = math.inf
@@ -29,3 +33,13 @@ class BestLoss:
     def should_stop(self) -> bool:
         """Whether `patience` validations in a row have not improved by more than `min_delta`."""
         return self._stopping is not None and self._since_improvement >= self._stopping.patience
+
+    def state(self) -> dict[str, float | int | None]:
+        """All that it remembers, by the names in STATE; None stands for infinity, which JSON does not have."""
+        losses = (loss if math.isfinite(loss) else None for loss in (self.loss, self._reference))
+        return dict(zip(self.STATE, (*losses, self._since_improvement), strict=True))
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state`, which may hold more besides."""
+        loss, reference, self._since_improvement = (state[key] for key in self.STATE)
+        self.loss, self._reference = (math.inf if value is None else value for value in (loss, reference))

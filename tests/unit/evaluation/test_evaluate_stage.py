@@ -23,6 +23,7 @@ from nestune.runs import RunPaths, read_json, sha256_file, write_json
 from nestune.stages.evaluate import evaluate
 from nestune.training.checkpoints import Checkpoints
 from nestune.training.recorder import Recorder
+from nestune.training.stopping import BestLoss
 
 STEPS = 12
 NAMES = ["zor", "mip", "tal", "kun", "lef", "bix"]
@@ -90,14 +91,15 @@ def run(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunPaths
     backend = make_backend(config)
     backend.prepare_training({parameter.name: 1 - parameter.layer for parameter in backend.lora_parameters()})
     steps = training_steps(dataset.train, config.training, tokenizer.pad_token_id)
-    with Recorder(run.metrics, n_tiers=2) as recorder:
+    with Recorder(run.metrics, update_counts=[0, 0]) as recorder:
         for step in range(1, STEPS + 1):
             due = frozenset({0, 1} if step % 2 == 0 else {0})
             recorder.step(step, backend.train_step(next(steps), due, 0.02), due, 0.02)
         valid = backend.loss(evaluation_batches(dataset.valid, 4, tokenizer.pad_token_id))
-        recorder.validation(STEPS, valid, best=True)
+        best = BestLoss(config.training.early_stopping)
+        recorder.validation(STEPS, valid, best.update(valid.mean))
         for name in ("best", "final"):
-            Checkpoints(run.checkpoints, backend, base, config).save(name, STEPS, valid.mean, recorder.update_counts)
+            Checkpoints(run.checkpoints, backend, base, config, dataset.sha256).save(name, best)
     return run
 
 

@@ -1,13 +1,16 @@
 """A tiny base with a chat template, a random adapter on it, and an empty MLflow store."""
 
+import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from run_folders import EvaluatedRun, write_evaluated_run
 
+from nestune.backends.adapters import write_adapter
 from nestune.base_model import resolve_base
-from nestune.config import ModelConfig, RegistryConfig, RunConfig
+from nestune.config import LoraConfig, ModelConfig, RegistryConfig, RunConfig
 from nestune.registry.connection import connect
 from nestune.runs import RunPaths, write_json
 
@@ -15,6 +18,7 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+LORA = {"rank": 4, "alpha": 16, "targets": ["q_proj", "down_proj"]}
 SPECIAL = ["<|im_end|>", "<|im_start|>"]
 
 
@@ -46,24 +50,30 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         initializer_range=0.5,
     )
     Qwen2ForCausalLM(shape).save_pretrained(folder)
+    # Transformers writes it in a block of its own, where mlx-lm does not look for it.
+    settings = json.loads((folder / "config.json").read_text())
+    settings["rope_theta"] = settings["rope_parameters"]["rope_theta"]
+    (folder / "config.json").write_text(json.dumps(settings))
     return folder
 
 
 @pytest.fixture(scope="session")
 def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random adapter on the base, as PEFT saves it, with the base's content hash beside it."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
+    """A random adapter on the base, as a training writes it."""
     folder = tmp_path_factory.mktemp("run") / "best"
-    torch.manual_seed(1)
-    lora = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora).save_pretrained(folder)
-    sha256 = resolve_base(ModelConfig(base=str(base))).sha256
-    write_json(
-        folder / "metadata.json", {"step": 7, "base": {"reference": str(base), "revision": None, "sha256": sha256}}
-    )
+    folder.mkdir()
+    generator = np.random.default_rng(1)
+    weights, modules = {}, {}
+    for layer in range(2):
+        for module, inputs, outputs in (("self_attn.q_proj", 32, 32), ("mlp.down_proj", 64, 32)):
+            for side, shape in (("a", (LORA["rank"], inputs)), ("b", (outputs, LORA["rank"]))):
+                name = f"layers.{layer}.{module}.lora_{side}"
+                weights[name] = generator.normal(0, 0.2, shape).astype(np.float32)
+                modules[name] = f"model.layers.{layer}.{module}"
+    resolved = resolve_base(ModelConfig(base=str(base)))
+    write_adapter(folder, weights, modules, 2, LoraConfig.model_validate(LORA), resolved)
+    of_base = {"reference": str(base), "revision": None, "sha256": resolved.sha256}
+    write_json(folder / "metadata.json", {"step": 7, "base": of_base, "backend": "torch"})
     return folder
 
 
@@ -89,6 +99,7 @@ def config(base: Path, registry: RegistryConfig, tmp_path: Path) -> RunConfig:
         {
             "name": "week.1",
             "model": {"base": str(base)},
+            "lora": LORA,
             "data": {"train": [str(tmp_path / "train.jsonl")], "retention": {"old": [str(tmp_path / "old.jsonl")]}},
             "evaluation": {"max_answer_tokens": 12},
             "registry": registry.model_dump(),

@@ -37,9 +37,10 @@ def write_evaluated_run(
 
 
 def scale_adapter(folder: Path, factor: float) -> None:
-    """Give an adapter other weights."""
+    """Give an adapter other weights, for both libraries."""
     from safetensors.numpy import load_file, save_file
 
-    weights = folder / "adapter_model.safetensors"
-    scaled = {key: (value * factor).astype("float32") for key, value in load_file(weights).items()}
-    save_file(scaled, weights, metadata={"format": "pt"})
+    for file, form in (("adapter_model.safetensors", "pt"), ("adapters.safetensors", "mlx")):
+        weights = folder / file
+        scaled = {key: (value * factor).astype("float32") for key, value in load_file(weights).items()}
+        save_file(scaled, weights, metadata={"format": form})

@@ -136,6 +136,17 @@ def test_an_adapter_that_was_trained_again_after_the_evaluation_is_not_registere
     assert champion_version(config) is None
 
 
+def test_what_mlx_lm_would_load_is_as_it_was_evaluated_or_not_registered(
+    config: RunConfig, evaluated_run: EvaluatedRun
+) -> None:
+    run = evaluated_run(passed=True)
+    with (run.checkpoints / "best" / "adapters.safetensors").open("ab") as file:
+        file.write(b" ")
+    with pytest.raises(RunError, match=r"adapters.safetensors has changed .*Run nestune evaluate again"):
+        register(config, run)
+    assert champion_version(config) is None
+
+
 def test_a_report_edited_by_hand_does_not_pass(config: RunConfig, evaluated_run: EvaluatedRun) -> None:
     run = evaluated_run(passed=False)
     edit_report(run, passed=True)

@@ -1,7 +1,10 @@
 """Registered versions: what is in them, how they are found again, and what answers they give."""
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,7 @@ from nestune.registry.versions import (
     register_version,
     resolve_adapter,
 )
-from nestune.runs import RunPaths, sha256_file
+from nestune.runs import RunPaths, read_json, sha256_file, write_json
 
 PROMPTS = ["Where does Ada live?", "2 + 2 =", "ä€😀"]
 
@@ -97,16 +100,49 @@ def test_a_version_holds_the_adapter_and_code_only_no_weights_of_the_base_and_no
         "served_model.py",
         "artifacts/adapter/adapter_config.json",
         "artifacts/adapter/adapter_model.safetensors",
+        "artifacts/adapter/adapters.safetensors",
         "artifacts/adapter/metadata.json",
     }
     assert all(path.stat().st_size < 1_000_000 for path in files.values())
     weights = sha256_file(files["artifacts/adapter/adapter_model.safetensors"])
     assert weights == sha256_file(adapter / "adapter_model.safetensors")
     assert client.get_model_version("nestune", version).tags == {"dataset_sha256": "abc", "adapter_sha256": weights}
-    required = files["requirements.txt"].read_text().split()
-    assert [line.partition("==")[0] for line in required] == ["mlflow", "torch", "transformers", "peft"]
     flavor = yaml.safe_load(files["MLmodel"].read_text())["flavors"]["python_function"]
     assert "python_model" not in flavor  # the key under which MLflow notes a pickled model
+
+
+@pytest.mark.parametrize(("backend", "packages"), [("torch", ["torch", "peft"]), ("mlx", ["mlx[cpu]", "mlx-lm"])])
+def test_a_version_asks_for_the_packages_of_the_backend_that_trained_it_and_of_no_other(
+    config: RunConfig, adapter: Path, tmp_path: Path, backend: str, packages: list[str]
+) -> None:
+    pytest.importorskip(backend)
+    checkpoint = shutil.copytree(adapter, tmp_path / "best")
+    write_json(checkpoint / "metadata.json", read_json(checkpoint / "metadata.json", "") | {"backend": backend})
+    run_id = start_tracking(config, RunPaths(tmp_path / "run"), {}).run_id
+    version = register_version(config, run_id, checkpoint, {})
+    source = connect(config.registry).get_model_version_download_uri("nestune", version)
+    required = Path(source, "requirements.txt").read_text().split()
+    assert [line.partition("==")[0] for line in required] == ["mlflow", "transformers", *packages]
+    assert all(re.fullmatch(r"[^=]+==[0-9.]+", line) for line in required)
+
+
+def test_a_version_answers_the_same_where_only_mlx_is_installed(
+    config: RunConfig, version: str, base: Path, adapter: Path
+) -> None:
+    pytest.importorskip("mlx_lm")
+    program = (
+        "import json, sys\n"
+        "sys.modules.update(dict.fromkeys(['torch', 'peft']))\n"
+        "import mlflow\n"
+        f"mlflow.set_tracking_uri({config.registry.tracking_uri!r})\n"
+        f"model = mlflow.pyfunc.load_model('models:/nestune/{version}')\n"
+        "assert 'mlx.core' in sys.modules\n"
+        f"print(json.dumps(model.predict({PROMPTS!r})))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    answers = json.loads(done.stdout.splitlines()[-1])
+    assert answers == peft_answers(base, adapter, PROMPTS, config.evaluation.max_answer_tokens)
 
 
 def test_another_base_is_refused_when_a_version_is_loaded(
@@ -166,20 +202,19 @@ def test_the_champion_is_its_number_and_its_adapter(config: RunConfig, version: 
     found = champion(config.registry)
     assert found is not None
     assert found.version == version
-    for file in ("adapter_model.safetensors", "adapter_config.json", "metadata.json"):
+    for file in ("adapter_model.safetensors", "adapters.safetensors", "adapter_config.json", "metadata.json"):
         assert (found.folder / file).read_bytes() == (adapter / file).read_bytes()
 
 
 def test_a_champion_of_another_rank_cannot_be_compared_with(config: RunConfig, version: str, adapter: Path) -> None:
     promote_version(config.registry, version, None)
     base = resolve_base(config.model)
-    trained_with = json.loads((adapter / "adapter_config.json").read_text())
-    lora = config.lora.model_copy(update={"rank": trained_with["r"], "alpha": trained_with["lora_alpha"]})
-    found = fitting_champion(config.model_copy(update={"lora": lora}), base)
+    found = fitting_champion(config, base)
     assert found is not None
     assert found.version == version
-    other = config.model_copy(update={"lora": lora.model_copy(update={"rank": lora.rank + 1})})
-    with pytest.raises(ConfigError, match=rf"version {version}, cannot be compared.*lora\.rank.*registered_model"):
+    other = config.model_copy(update={"lora": config.lora.model_copy(update={"rank": 5})})
+    refusal = rf"version {version}, cannot be compared.*its rank is 4, lora\.rank is 5.*registered_model"
+    with pytest.raises(ConfigError, match=refusal):
         fitting_champion(other, base)
 
 

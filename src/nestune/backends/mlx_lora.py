@@ -1,0 +1,160 @@
+"""LoRA on an MLX model: which modules get an adapter, the layer itself, and layers that keep no activations."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from nestune.config import LoraConfig
+from nestune.errors import ConfigError
+from nestune.tiers.parameters import LoraParameter, parse_parameter
+
+# GPT-NeoX has names of its own.
+ROPE_IN_MLX = {
+    "rope_theta": ("rope_theta", "rotary_emb_base"),
+    "partial_rotary_factor": ("partial_rotary_factor", "rotary_pct"),
+}
+HEADS = ("lm_head", "embed_out")
+
+
+class LoraLinear(nn.Module):
+    """W x + scale (x A) B around a frozen linear module, quantized or not; A (inputs, rank), B (rank, outputs).
+
+    Differs from mlx-lm's in three things: dropout draws from a key of the module's own, so that a layer computed
+    again in the backward pass drops the same inputs; the adapter's product is added as it is made; no weights are
+    drawn, since every backend starts from the same ones.
+    """
+
+    def __init__(self, linear: nn.Module, lora: LoraConfig) -> None:
+        super().__init__()
+        outputs, inputs = linear.weight.shape
+        if isinstance(linear, nn.QuantizedLinear):
+            inputs = linear.scales.shape[-1] * linear.group_size
+        self.linear = linear
+        self.lora_a = mx.zeros((inputs, lora.rank))
+        self.lora_b = mx.zeros((lora.rank, outputs))
+        # A leading underscore keeps it out of the parameters.
+        self._key = mx.random.key(0)
+        self._scale = lora.alpha / lora.rank
+        self._keep = 1 - lora.dropout
+
+    def __call__(self, x: mx.array) -> mx.array:
+        output = self.linear(x)
+        if self.training and self._keep < 1:
+            x = x * mx.random.bernoulli(self._keep, x.shape, key=self._key) * (1 / self._keep)
+        inner = x @ self.lora_a
+        if inner.dtype == output.dtype:
+            return mx.addmm(output, inner, self.lora_b, alpha=self._scale)
+        return output + (self._scale * (inner @ self.lora_b)).astype(output.dtype)
+
+    def drop_by(self, key: mx.array) -> None:
+        """Drop, from now on, the inputs that this key draws."""
+        self._key = key
+
+
+@dataclass(frozen=True)
+class LoraMatrix:
+    """A matrix of the adapter: what it is (in PEFT's orientation), and the module that holds its transpose."""
+
+    described: LoraParameter
+    path: str
+    module: LoraLinear
+
+    def put(self, values: mx.array) -> None:
+        """Let the module compute with these values."""
+        self.module[f"lora_{self.described.side}"] = values
+
+    @property
+    def values(self) -> mx.array:
+        """What the module computes with."""
+        values: mx.array = self.module[f"lora_{self.described.side}"]
+        return values
+
+
+def add_lora(model: nn.Module, lora: LoraConfig) -> list[LoraMatrix]:
+    """Freeze the model and give its linear modules an adapter; the matrices in the model's order.
+
+    Raises ConfigError when the targets match nothing, or a module outside of the layers.
+    """
+    model.freeze()
+    linear = {path: module for path, module in model.named_modules() if isinstance(module, _LINEAR)}
+    chosen = [path for path in linear if _is_target(path, lora.targets)]
+    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    if not chosen:
+        names = ", ".join(sorted({path.rpartition(".")[2] for path in linear}))
+        raise ConfigError(f"lora.targets is {targets!r}: no module has such a name. Linear modules here: {names}.")
+    outside = [path for path in chosen if parse_parameter(f"{path}.lora_a", ()) is None]
+    if outside:
+        raise ConfigError(
+            f"lora.targets is {targets!r}: that is no LoRA matrix of a layer: {', '.join(outside)}. Let LoRA target "
+            "modules of the layers by name, e.g. [q_proj, v_proj]."
+        )
+    with_adapter = {path: LoraLinear(linear[path], lora) for path in chosen}
+    model.update_modules(tree_unflatten(list(with_adapter.items())))
+    for module in with_adapter.values():
+        module.unfreeze(recurse=False, keys=["lora_a", "lora_b"])
+    matrices = []
+    for key, values in tree_flatten(model.trainable_parameters()):
+        described = parse_parameter(key, values.shape[::-1])
+        assert described is not None
+        path = key.rpartition(".")[0]
+        matrices.append(LoraMatrix(described, path, with_adapter[path]))
+    return matrices
+
+
+def checkpoint_activations(layers: Sequence[nn.Module]) -> None:
+    """Let each layer keep no activations for the backward pass, which computes them again.
+
+    mlx-lm's own function changes the class, and so every model of that kind in the process.
+    """
+    for layer in layers:
+        kind = type(layer)
+        layer.__class__ = type(kind.__name__, (kind,), {"__call__": _checkpointed(kind)})
+
+
+def mlx_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What mlx-lm's models must be told beside a config.json that Transformers 5 wrote.
+
+    It keeps RoPE's settings in `rope_parameters`; mlx-lm reads them at the top level, and takes a default, silently,
+    where they are not there.
+    """
+    rope = config.get("rope_parameters") or {}
+    told: dict[str, Any] = {}
+    # Gemma 3 rotates by another base in layers that see a window only.
+    if "full_attention" in rope:
+        told["rope_local_base_freq"] = rope.get("sliding_attention", rope["full_attention"])["rope_theta"]
+        rope = rope["full_attention"]
+    for key, names in ROPE_IN_MLX.items():
+        told |= {name: rope[key] for name in names if key in rope}
+    if rope.get("rope_type", "default") != "default":
+        told["rope_scaling"] = rope
+    # A model of text and pictures has its language model's settings one block deeper.
+    if "text_config" in config:
+        told["text_config"] = {**config["text_config"], **mlx_arguments(config["text_config"])}
+    return {name: value for name, value in told.items() if name == "text_config" or config.get(name) is None}
+
+
+_LINEAR = (nn.Linear, nn.QuantizedLinear)
+
+
+def _is_target(path: str, targets: str | tuple[str, ...]) -> bool:
+    """As PEFT chooses: all linear modules but the head, or those whose path ends with one of the names."""
+    if isinstance(targets, str):
+        return path.rpartition(".")[2] not in HEADS
+    return any(path == target or path.endswith(f".{target}") for target in targets)
+
+
+def _checkpointed(kind: type[nn.Module]) -> Any:
+    """The call of a layer class that keeps only its inputs."""
+
+    def call(layer: Any, *inputs: Any, **options: Any) -> Any:
+        def compute(parameters: Any, *inputs: Any, **options: Any) -> Any:
+            layer.update(parameters)
+            return kind.__call__(layer, *inputs, **options)
+
+        return mx.checkpoint(compute)(layer.trainable_parameters(), *inputs, **options)
+
+    return call

@@ -1,0 +1,110 @@
+"""How far tiered training is: optimizer moments, open windows and counts, in a form that every backend reads.
+
+One file, `training_state.safetensors`: the arrays, and the rest as JSON in its header.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, Literal
+
+from numpy.typing import NDArray
+
+from nestune.errors import ConfigError, RunError
+from nestune.runs import write_bytes
+from nestune.tiers.parameters import split_name
+
+FILE = "training_state.safetensors"
+HEADER = "nestune"
+What = Literal["first_moment", "second_moment", "window"]
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingState:
+    """The optimizers of all tiers after `steps` steps.
+
+    optimizer, update_every, inactive_gradients, seed: as configured. tier_of: a name of the tier map -> tier.
+    updates: how often each tier has moved; window_steps: steps since it last did. arrays: `<name>/<what>`, float32,
+    shaped as the matrix, or the ranks of it, that the name stands for (A (ranks, inputs), B (outputs, ranks)).
+    what: `first_moment` and `second_moment`, Adam's decayed means of g and g^2, there once the tier has moved;
+    `window`, the sum of gradients since the tier's last update, there only under `accumulate` while it is open.
+    """
+
+    optimizer: str
+    update_every: tuple[int | None, ...]
+    inactive_gradients: str
+    seed: int
+    tier_of: dict[str, int]
+    steps: int
+    updates: tuple[int, ...]
+    window_steps: tuple[int, ...]
+    arrays: dict[str, NDArray[Any]]
+
+    def of(self, what: What) -> dict[str, NDArray[Any]]:
+        """The arrays of one kind, by name of the tier map."""
+        return {key.rpartition("/")[0]: array for key, array in self.arrays.items() if key.endswith(f"/{what}")}
+
+
+def write_training_state(folder: Path, state: TrainingState) -> None:
+    """Write the state into a folder; the same state gives the same bytes."""
+    from safetensors.numpy import save
+
+    header = {field.name: getattr(state, field.name) for field in fields(state) if field.name != "arrays"}
+    arrays = {key: state.arrays[key] for key in sorted(state.arrays)}
+    write_bytes(folder / FILE, save(arrays, metadata={HEADER: json.dumps(header, sort_keys=True)}))
+
+
+def read_training_state(folder: Path) -> TrainingState:
+    """The state in a folder; raises RunError when it is missing or broken."""
+    from safetensors import SafetensorError, safe_open
+
+    remedy = "Go on from another checkpoint, or train anew."
+    try:
+        with safe_open(folder / FILE, framework="numpy") as file:
+            header = json.loads(file.metadata()[HEADER])
+            arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
+        for key in ("update_every", "updates", "window_steps"):
+            header[key] = tuple(header[key])
+        return TrainingState(**header, arrays=arrays)
+    except OSError:
+        raise RunError(f"there is no {folder / FILE}, so training cannot go on from there. {remedy}") from None
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{folder / FILE} is broken: {error}. {remedy}") from None
+
+
+def check_fits(state: TrainingState, ours: TrainingState, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ConfigError, with all that differs, unless training as `ours` is set up can go on from `state`.
+
+    shapes: canonical name of each matrix -> its shape.
+    """
+    faults = [
+        f"its {key} is {getattr(state, key)}, here {getattr(ours, key)}"
+        for key in ("optimizer", "update_every", "inactive_gradients", "seed")
+        if getattr(state, key) != getattr(ours, key)
+    ]
+    pairs = zip_longest(sorted(state.tier_of.items()), sorted(ours.tier_of.items()), fillvalue=("nothing", -1))
+    other = next((pair for pair in pairs if pair[0] != pair[1]), None)
+    if other is not None:
+        (theirs, their_tier), (here, our_tier) = other
+        faults.append(f"it has {theirs} on tier {their_tier}, here {here} is on tier {our_tier}")
+    else:
+        expected = {name: _shape(name, shapes) for name in ours.tier_of}
+        faults += [
+            f"its {key} has shape {list(array.shape)}, expected {list(expected.get(key.rpartition('/')[0], ()))}"
+            for key, array in state.arrays.items()
+            if expected.get(key.rpartition("/")[0]) != array.shape
+        ]
+    if faults:
+        lines = ["the training state does not fit:", *faults, "Go on with the configuration it was saved with."]
+        raise ConfigError("\n  ".join(lines))
+
+
+def _shape(name: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape of what a name of the tier map stands for."""
+    matrix, ranks = split_name(name)
+    rows, columns = shapes[matrix]
+    if ranks is None:
+        return rows, columns
+    return (len(ranks), columns) if matrix.endswith("lora_a") else (rows, len(ranks))
