@@ -2,6 +2,8 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
+# Which framework the demo trains with: auto, torch or mlx.
+BACKEND ?= auto
 
 # The demo's model is tiny: a second thread costs more than it brings, and on a busy machine very much more.
 export OMP_NUM_THREADS ?= 1
@@ -18,11 +20,11 @@ setup: $(VENV)/installed
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cuda,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cuda,mlx,dev]'
 	touch $@
 
 demo: setup
-	$(BIN)/python demo/run.py
+	$(BIN)/python demo/run.py --backend $(BACKEND)
 
 test: setup lint
 	$(BIN)/python -m pytest
@@ -34,9 +36,10 @@ lint: setup
 	$(BIN)/mypy benchmarks
 	$(BIN)/lint-imports
 
-# What is claimed of cost, measured; fails where a bar is missed. About ten minutes.
+# What is claimed of cost, measured; fails where a bar is missed. About twenty minutes.
 bench: setup
 	$(BIN)/python benchmarks/tier_cost.py
+	$(BIN)/python benchmarks/backends.py
 
 # The pages, on this machine only: MLflow at port 5000, Prefect at port 4200.
 ui: setup

@@ -1,10 +1,11 @@
 """The demo: the same new facts learned twice, as plain LoRA and as nestune recommends, each through the gate.
 
-    python demo/run.py
+    python demo/run.py [--backend auto|torch|mlx]
 
 Makes data/ where it is missing, runs the Prefect flow for both configurations, and prints one table.
 """
 
+import argparse
 import sys
 import time
 from pathlib import Path
@@ -26,11 +27,14 @@ CONFIGS = {"plain LoRA": Path("configs/demo_plain.yaml"), "nestune": Path("confi
 
 def main() -> None:
     """Run the demo from the project's root; it goes through whatever the gate decides."""
+    parser = argparse.ArgumentParser(description="New facts learned twice: as plain LoRA, and as nestune recommends.")
+    parser.add_argument("--backend", choices=["auto", "torch", "mlx"], default="auto", help="framework that trains")
+    backend = parser.parse_args().backend
     began = time.monotonic()
     behave_on_a_terminal()
     if not DATA.exists():
         write_world(DATA)
-    configs = {title: load_config(path) for title, path in CONFIGS.items()}
+    configs = {title: load_config(path, [f"model.backend={backend}"]) for title, path in CONFIGS.items()}
     for title, config in configs.items():
         print(f"\n── {title}: {CONFIGS[title]} ──", flush=True)
         retrain(config, overwrite=True)
