@@ -1,6 +1,7 @@
 """What the training stage leaves, beyond the published run: early stopping, checkpoints, parents, replay."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from safetensors.numpy import load_file
 from tests.pipeline.conftest import Configured
 
 from nestune import cli
+from nestune.runs import sha256_file
 
 RUN = Path("runs/demo-nestune")
 
@@ -51,6 +53,19 @@ def test_training_starts_from_the_parent_adapter(configured: Configured) -> None
     for key, value in parent.items():
         np.testing.assert_allclose(child[key], value, atol=1e-9)
     assert any(np.abs(value).max() > 0 for key, value in parent.items() if "lora_B" in key)
+
+
+def test_an_adapter_as_mlx_lm_leaves_it_is_a_parent_in_training_and_evaluation(configured: Configured) -> None:
+    path = configured()
+    train(path)
+    parent = shutil.copytree(RUN / "checkpoints" / "final", Path("of-mlx-lm"))
+    (parent / "adapter_model.safetensors").unlink()
+    (parent / "metadata.json").unlink()
+    parent_set = f"model.adapter={parent}"
+    train(path, parent_set, name="child")
+    assert cli.main(["evaluate", "--config", str(path), "--name", "child", "--set", parent_set]) == 0
+    report = json.loads(Path("runs/child/evaluation/report.json").read_text())
+    assert report["adapters"]["parent"] == sha256_file(parent / "adapters.safetensors")
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])

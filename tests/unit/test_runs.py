@@ -9,6 +9,7 @@ import pytest
 from nestune.errors import RunError
 from nestune.runs import (
     RunPaths,
+    continued,
     kept_until_replaced,
     read_json,
     record_stage,
@@ -114,6 +115,24 @@ def test_what_a_killed_process_set_aside_comes_back_before_the_next_attempt(tmp_
         make_anew(tmp_path / "checkpoints", fail=True)
     assert names(tmp_path) == ["checkpoints"]
     assert names(tmp_path / "checkpoints") == ["old"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_is_gone_on_with_stays_and_what_was_set_aside_before_goes_once_that_ends_well(
+    tmp_path: Path, fails: bool
+) -> None:
+    folder, aside = tmp_path / "checkpoints", tmp_path / ".checkpoints.previous"
+    write_text(aside / "old", "old")
+    write_text(folder / "begun", "begun")
+    try:
+        with continued(folder, tmp_path / "tracking.json"):
+            write_text(folder / "more", "more")
+            if fails:
+                raise RuntimeError("diverged")
+    except RuntimeError:
+        pass
+    assert names(folder) == ["begun", "more"]
+    assert aside.exists() == fails
 
 
 def test_a_file_of_a_run_that_lacks_a_key_names_it(tmp_path: Path) -> None:

@@ -136,23 +136,23 @@ def _same_alpha(one: float, other: float) -> bool:
     return math.isclose(one, other, rel_tol=1e-6)
 
 
-_Rank = Annotated[int, Field(gt=0, lt=2**31)]
-_Positive = Annotated[float, Field(gt=0)]
+_Rank = Annotated[int, Field(gt=0, lt=1e9)]
+_Factor = Annotated[float, Field(gt=0, lt=1e9)]
 
 
 class _Keys(pydantic.BaseModel):
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(strict=True)
 
 
 class _PeftKeys(_Keys):
     peft_type: Literal["LORA"]
     r: _Rank
-    lora_alpha: _Positive
+    lora_alpha: _Factor
 
 
 class _MlxLoraParameters(_Keys):
     rank: _Rank
-    scale: _Positive
+    scale: _Factor
 
 
 class _MlxKeys(_Keys):

@@ -146,7 +146,7 @@ def _read_matrices(path: Path) -> tuple[Matrices, list[str]]:
             values = np.zeros(tensor["shape"], np.float32)
         if not np.isfinite(values).all():
             faults.append(f"{key} holds values that are not finite")
-        values = np.ascontiguousarray(values.T) if path.name == MLX_WEIGHTS else values
+        values = values.T if path.name == MLX_WEIGHTS else values
         matrix = parse_parameter(key, values.shape)
         if matrix is None:
             faults.append(f"{key} is no LoRA matrix of a layer")

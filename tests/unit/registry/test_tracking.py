@@ -11,7 +11,7 @@ from nestune.config import RegistryConfig, RunConfig, load_config
 from nestune.errors import ConfigError, RunError, ServiceError
 from nestune.registry import connection, tracking
 from nestune.registry.connection import connect
-from nestune.registry.tracking import flatten, git_commit, resume_tracking, start_tracking, tracked_run
+from nestune.registry.tracking import flatten, git_commit, go_on_tracking, resume_tracking, start_tracking, tracked_run
 from nestune.runs import RunPaths, read_json
 
 
@@ -122,6 +122,74 @@ def test_a_run_that_mlflow_does_not_have_is_an_error_that_says_what_to_do(config
     run.tracking.write_text(text)
     with pytest.raises(RunError, match=r"0{32} at sqlite.*or delete .*tracking.json"):
         resume_tracking(config, run)
+
+
+def test_a_training_that_goes_on_is_the_same_run_with_each_metric_once(config: RunConfig, run: RunPaths) -> None:
+    with tracked_run(config, run, {"base_sha256": "abc"}) as tracked:
+        for step in range(1, 7):
+            tracked.log_metrics(step, {"train/loss": 1 / step} | ({"valid/loss": 2 / step} if step == 4 else {}))
+    with tracked_run(config, run, {"base_sha256": "abc"}, goes_on=True) as resumed:
+        assert resumed.run_id == tracked.run_id
+        assert resumed.client.get_run(resumed.run_id).info.status == "RUNNING"
+        for step in range(1, 9):
+            resumed.log_metrics(step, {"train/loss": 1 / step} | ({"valid/loss": 2 / step} if step >= 4 else {}))
+    logged = resumed.client.get_run(resumed.run_id)
+    assert logged.info.status == "FINISHED"
+    history = {name: resumed.client.get_metric_history(resumed.run_id, name) for name in logged.data.metrics}
+    assert {name: [(m.step, m.value) for m in metrics] for name, metrics in history.items()} == {
+        "train/loss": [(step, 1 / step) for step in range(1, 9)],
+        "valid/loss": [(step, 2 / step) for step in range(4, 9)],
+    }
+
+
+def test_what_is_configured_otherwise_when_training_goes_on_is_a_tag_beside_the_parameter(
+    config: RunConfig, run: RunPaths, tmp_path: Path
+) -> None:
+    for name in ("train", "old"):
+        (tmp_path / f"{name}.jsonl").touch()
+    start_tracking(config, run, {})
+    longer = config.model_copy(update={"training": config.training.model_copy(update={"steps": 2000})})
+    tracked = go_on_tracking(longer, run, {"tier_map_sha256": "def"})
+    logged = tracked.client.get_run(tracked.run_id)
+    assert logged.data.params == flatten(config)
+    ours = {key: value for key, value in logged.data.tags.items() if not key.startswith("mlflow.")}
+    assert ours == {
+        "run": "week.1",
+        "parent": "none",
+        "git_commit": git_commit(),
+        "tier_map_sha256": "def",
+        "training.steps": "2000",
+    }
+    file = tracked.client.download_artifacts(tracked.run_id, "config.yaml", str(tmp_path))
+    assert load_config(Path(file)) == longer
+
+
+@pytest.mark.parametrize("lost", ["tracking.json", "the run"])
+def test_a_training_that_goes_on_is_tracked_anew_where_its_run_is_gone(
+    config: RunConfig, run: RunPaths, caplog: pytest.LogCaptureFixture, lost: str
+) -> None:
+    before = start_tracking(config, run, {})
+    if lost == "the run":
+        run.tracking.write_text(run.tracking.read_text().replace(before.run_id, "0" * 32))
+    else:
+        run.tracking.unlink()
+    with caplog.at_level(logging.WARNING):
+        tracked = go_on_tracking(config, run, {})
+    assert "tracked anew" in caplog.text
+    assert tracked.run_id != before.run_id
+    assert resume_tracking(config, run).run_id == tracked.run_id
+
+
+def test_a_server_that_is_down_when_training_goes_on_is_an_error_and_no_other_run(
+    config: RunConfig, run: RunPaths, caplog: pytest.LogCaptureFixture
+) -> None:
+    start_tracking(config, run, {})
+    noted = run.tracking.read_bytes()
+    down = config.model_copy(update={"registry": RegistryConfig(tracking_uri=f"http://127.0.0.1:{closed_port()}")})
+    with pytest.raises(ServiceError, match="fails"):
+        go_on_tracking(down, run, {})
+    assert run.tracking.read_bytes() == noted
+    assert "tracked anew" not in caplog.text
 
 
 def test_artifacts_lie_beside_the_sqlite_database_and_nothing_in_the_current_folder(

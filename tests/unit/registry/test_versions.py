@@ -13,8 +13,10 @@ import pytest
 import yaml
 from run_folders import EvaluatedRun, scale_adapter
 
+from nestune.backends.factory import make_backend
 from nestune.base_model import resolve_base
 from nestune.config import RegistryConfig, RunConfig
+from nestune.data.tokens import load_tokenizer
 from nestune.errors import ConfigError, RunError
 from nestune.registry.connection import connect
 from nestune.registry.tracking import start_tracking
@@ -143,6 +145,22 @@ def test_a_version_answers_the_same_where_only_mlx_is_installed(
     assert done.returncode == 0, done.stderr
     answers = json.loads(done.stdout.splitlines()[-1])
     assert answers == peft_answers(base, adapter, PROMPTS, config.evaluation.max_answer_tokens)
+
+
+def test_a_version_answers_in_the_precision_in_which_it_was_evaluated(
+    config: RunConfig, base: Path, adapter: Path, mlflow: Any, tmp_path: Path
+) -> None:
+    training = config.training.model_copy(update={"precision": "bfloat16"})
+    rounded = config.model_copy(update={"training": training})
+    run_id = start_tracking(rounded, RunPaths(tmp_path / "run"), {}).run_id
+    version = register_version(rounded, run_id, adapter, {})
+    backend = make_backend(rounded)
+    backend.load_adapter(adapter)
+    tokenizer = load_tokenizer(base)
+    prompts = [tokenizer(f"<|im_start|>user\n{p}<|im_end|>\n<|im_start|>assistant\n").input_ids for p in PROMPTS]
+    expected = [tokenizer.decode(backend.generate([p], 12)[0], skip_special_tokens=True).strip() for p in prompts]
+    assert mlflow.pyfunc.load_model(f"models:/nestune/{version}").predict(PROMPTS) == expected
+    assert expected != peft_answers(base, adapter, PROMPTS, 12)
 
 
 def test_another_base_is_refused_when_a_version_is_loaded(

@@ -1,5 +1,6 @@
 """Learning rate, best loss and early stopping, against their formulas."""
 
+import json
 import math
 
 import pytest
@@ -57,3 +58,22 @@ def test_small_improvements_that_add_up_to_min_delta_keep_training_alive() -> No
     for loss in (2.0, 1.95, 1.89, 1.85, 1.78):
         best.update(loss)
         assert not best.should_stop
+
+
+@given(
+    losses=st.lists(st.floats(0, 10), max_size=12),
+    split=st.integers(0, 12),
+    stopping=st.none() | st.builds(EarlyStopping, patience=st.integers(1, 3), min_delta=st.floats(0, 1)),
+)
+def test_what_is_restored_from_json_judges_every_further_loss_as_if_it_had_seen_all(
+    losses: list[float], split: int, stopping: EarlyStopping | None
+) -> None:
+    whole, first, second = BestLoss(stopping), BestLoss(stopping), BestLoss(stopping)
+    for loss in losses[:split]:
+        whole.update(loss)
+        first.update(loss)
+    second.restore({"step": 3, **json.loads(json.dumps(first.state(), allow_nan=False))})
+    assert (second.loss, second.should_stop) == (whole.loss, whole.should_stop)
+    for loss in losses[split:]:
+        assert second.update(loss) == whole.update(loss)
+        assert (second.loss, second.should_stop) == (whole.loss, whole.should_stop)

@@ -1,0 +1,214 @@
+"""What only MLX can tell: what its graphs compute, the memory they take, and that an update reaches the model."""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from small_bases import write_base
+from tests.contract.conftest import BASE, configuration, random_batch
+
+pytest.importorskip("torch")
+pytest.importorskip("mlx")
+
+from nestune.backends.mlx_blas import load_fast_blas
+
+load_fast_blas()
+
+import mlx.core as mx
+
+from nestune.backends.mlx_backend import MlxBackend, _arrays, _padded
+from nestune.backends.mlx_lora import LoraMatrix
+from nestune.data.batches import Batch
+from nestune.errors import RunError
+from nestune.tiers.schedule import TierSchedule
+from nestune.tiers.tier_map import assign_tiers
+
+ALL = frozenset({0, 1, 2})
+
+
+def prepared(base: Path = BASE, policy: str = "drop", **blocks: Any) -> MlxBackend:
+    tiers = {"inactive_gradients": policy}
+    config = configuration("mlx", base=base, **({"tiers": tiers} | blocks))
+    backend = MlxBackend(config)
+    backend.prepare_training(assign_tiers(backend.lora_parameters(), config.tiers).tier_of)
+    return backend
+
+
+def matrix_products(backend: MlxBackend, due: set[int], tmp_path: Path) -> int:
+    """How many the graph of a step's loss and gradients has."""
+    assert backend._optimizer is not None
+    needed = backend._optimizer.needs(frozenset(due))
+    arrays = _arrays(random_batch(1))
+    mx.disable_compile()
+    step = backend._compile(needed, tuple(array.shape for array in arrays))
+    mx.enable_compile()
+    differentiated = {name: backend._matrices[name] for name in needed}
+    fixed = {name: matrix for name, matrix in backend._matrices.items() if name not in needed}
+    loss, gradients = step(differentiated, fixed, mx.random.key(0), *arrays, mx.array(1.0))
+    assert gradients.keys() == needed
+    mx.export_to_dot(str(tmp_path / "graph.dot"), loss, *gradients.values())
+    return Counter(re.findall(r'label *= *"([^"]+)"', (tmp_path / "graph.dot").read_text()))["Matmul"]
+
+
+def test_under_drop_the_backward_pass_ends_at_the_lowest_due_layer(tmp_path: Path) -> None:
+    backend = prepared()
+    none, two, four, six = (matrix_products(backend, due, tmp_path) for due in (set(), {0}, {0, 1}, {0, 1, 2}))
+    assert six - four == four - two > 0
+    # The lowest layer of all that are due need not tell the one below it; the head's own is one more.
+    assert 0.8 * (six - four) < two - none <= six - four + 1
+
+
+def test_under_drop_only_due_matrices_are_differentiated_and_moved() -> None:
+    backend = prepared()
+    assert backend._optimizer is not None
+    fast = {p.name for p in backend.lora_parameters() if p.layer in (4, 5)}
+    assert backend._optimizer.needs(frozenset({0})) == fast == set(backend._optimizer.names(frozenset({0})))
+    before = dict(backend._matrices)
+    backend.train_step([random_batch(1)], frozenset({0}), 1e-3)
+    assert {name for name, matrix in backend._matrices.items() if matrix is not before[name]} == fast
+
+
+def test_under_accumulate_every_matrix_is_differentiated_at_every_step(tmp_path: Path) -> None:
+    backend = prepared(policy="accumulate")
+    assert matrix_products(backend, {0}, tmp_path) == matrix_products(backend, {0, 1, 2}, tmp_path)
+
+
+def test_the_head_sees_supervised_positions_only() -> None:
+    backend, seen = prepared(), []
+    head = backend._head
+
+    def watched(hidden: mx.array) -> mx.array:
+        seen.append(hidden.shape)
+        return head(hidden)
+
+    backend._head = watched
+    tokens = np.full((8, 65), 7, np.int32)
+    supervised = np.zeros(tokens.shape, bool)
+    supervised[[0, 3, 7], [5, 64, 1]] = True
+    batch = Batch(tokens, supervised, np.full(8, 65, np.int32))
+    backend.train_step([batch], frozenset({0}), 1e-3)
+    backend.loss([batch])
+    assert {positions for positions, _ in seen} == {_arrays(batch)[1].size}
+    assert 3 <= _arrays(batch)[1].size <= 32
+
+
+def test_padding_changes_no_loss() -> None:
+    backend, batch = prepared(), random_batch(1, rows=3)
+    wider = Batch(np.pad(batch.tokens, ((0, 0), (0, 60))), np.pad(batch.supervised, ((0, 0), (0, 60))), batch.lengths)
+    assert _arrays(wider)[0].shape != _arrays(batch)[0].shape
+    assert backend.loss([wider]).nats == pytest.approx(backend.loss([batch]).nats, rel=1e-6)
+
+
+@pytest.mark.parametrize(("least", "in_a_doubling"), [(8, 8), (32, 4)])
+def test_sizes_are_padded_to_few(least: int, in_a_doubling: int) -> None:
+    sizes = range(1, 5000)
+    padded = [_padded(size, least, in_a_doubling) for size in sizes]
+    assert padded == sorted(padded)
+    for size, to in zip(sizes, padded, strict=True):
+        assert size <= to < size + max(least, size / in_a_doubling)
+        assert to % least == 0
+    for start in (256, 512, 1024, 2048):
+        assert len({to for to in padded if start < to <= 2 * start}) == in_a_doubling
+
+
+def test_without_the_short_cut_the_loss_is_the_same() -> None:
+    backend, batch = prepared(), random_batch(1)
+    assert backend._body is not backend._model
+    short = backend.loss([batch]).nats
+    backend._body, backend._head = backend._model, lambda logits: logits
+    assert backend.loss([batch]).nats == pytest.approx(short, rel=1e-6)
+
+
+@pytest.mark.parametrize("policy", ["drop", "accumulate"])
+def test_memory_does_not_grow_over_five_hundred_steps(policy: str, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "llama", hidden_size=16, intermediate_size=32)
+    backend = prepared(base, policy, lora={"rank": 2, "targets": ["q_proj", "down_proj"]})
+    schedule, peaks = TierSchedule((1, 2, 4)), []
+    for step in range(1, 501):
+        if step % 100 == 1:
+            mx.reset_peak_memory()
+        # Widths in an order of their own, the same in each hundred steps.
+        width = 6 + 7 * (step % 5) + step % 7
+        backend.train_step([random_batch(step, rows=2, width=width)], schedule.due(step), 1e-3)
+        if step % 100 == 0:
+            peaks.append(mx.get_peak_memory())
+    print(f"peaks of a hundred steps each, in bytes: {peaks}")
+    assert peaks[-1] <= 1.02 * peaks[0]
+
+
+def peak_of_a_step(base: Path, **training: Any) -> int:
+    backend = prepared(base, training=training)
+    batch = random_batch(1, rows=8, width=65)
+    backend.train_step([batch], ALL, 1e-3)
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    backend.train_step([batch], ALL, 1e-3)
+    return mx.get_peak_memory() - before
+
+
+def test_checkpointing_takes_less_memory_the_more_layers_there_are(tmp_path: Path) -> None:
+    plain, checkpointed = (
+        [
+            peak_of_a_step(write_base(tmp_path / f"{layers} {on}", "llama", num_hidden_layers=layers), **training)
+            for layers in (4, 12)
+        ]
+        for on, training in ((False, {}), (True, {"gradient_checkpointing": True}))
+    )
+    print(f"bytes at 4 and 12 layers: {plain}, checkpointed {checkpointed}")
+    assert checkpointed[1] - checkpointed[0] < 0.5 * (plain[1] - plain[0])
+
+
+def test_checkpointing_one_model_leaves_others_of_its_kind_as_they_are() -> None:
+    plain = prepared()
+    kinds = {type(layer) for layer in plain._model.layers}
+    checkpointed = prepared(training={"gradient_checkpointing": True})
+    assert {type(layer) for layer in plain._model.layers} == kinds
+    assert kinds.isdisjoint(type(layer) for layer in checkpointed._model.layers)
+    assert {type(layer) for layer in prepared()._model.layers} == kinds
+
+
+def test_an_update_that_does_not_reach_the_model_ends_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = prepared()
+    put = LoraMatrix.put
+
+    def lose(matrix: LoraMatrix, values: mx.array) -> None:
+        if matrix.described.side == "a":
+            put(matrix, values)
+
+    backend.train_step([random_batch(1)], frozenset({0}), 1e-3)
+    monkeypatch.setattr(LoraMatrix, "put", lose)
+    with pytest.raises(RunError, match=r"an update did not reach the model.*model\.backend: torch"):
+        backend.train_step([random_batch(2)], frozenset({0, 1}), 1e-3)
+
+
+def test_activations_that_overflow_end_training_although_the_loss_is_finite(tmp_path: Path) -> None:
+    backend = prepared()
+    for name, matrix in backend._matrices.items():
+        backend._matrices[name] = mx.full(matrix.shape, 1e25)
+    backend._put(backend._matrices)
+    with pytest.raises(RunError, match=r"training diverged"):
+        backend.train_step([random_batch(1)], ALL, 1e-3)
+
+
+def test_an_answer_ends_at_every_end_token_of_the_base(tmp_path: Path) -> None:
+    prompt = list(range(10, 30))
+    answer = prepared().generate([prompt], 12)[0]
+    assert len(answer) > 1
+    base = write_base(tmp_path / "base", "llama")
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 77]}))
+    assert MlxBackend(configuration("mlx", base=base))._end_ids == [2, 77]
+    plain = prepared()
+    plain._end_ids = [2, answer[1]]
+    assert plain.generate([prompt], 12) == [answer[: answer.index(answer[1])]]
+
+
+def test_weights_are_a_copy() -> None:
+    backend = prepared()
+    for values in backend.weights().values():
+        values[:] = 7
+    assert not any((values == 7).any() for values in backend.weights().values())
