@@ -49,11 +49,11 @@ def tiers(config: RunConfig) -> dict[str, Any]:
 
 
 @task(task_run_name="train", cache_policy=NO_CACHE)
-def train(config: RunConfig, overwrite: bool) -> dict[str, Any]:
+def train(config: RunConfig, overwrite: bool, resume: bool) -> dict[str, Any]:
     """Train the adapter. No retries: what failed once in training fails again."""
     from nestune.stages.train import train as stage
 
-    return stage(config, RunPaths.of(config.name), overwrite=overwrite).as_dict()
+    return stage(config, RunPaths.of(config.name), overwrite=overwrite, resume=resume).as_dict()
 
 
 @task(task_run_name="evaluate", cache_policy=NO_CACHE)
@@ -83,18 +83,19 @@ def register(config: RunConfig) -> dict[str, Any]:
 
 
 @flow(name="retrain", flow_run_name="{config.name}")
-def retrain(config: RunConfig, overwrite: bool = False) -> dict[str, Any]:
+def retrain(config: RunConfig, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
     """From JSONL to a registered adapter; champion, if it learned and nothing was forgotten.
 
-    `overwrite` replaces checkpoints that another configuration trained under the same name.
+    `overwrite` replaces checkpoints that another configuration trained under the same name; `resume` goes on from the
+    newest of them.
     """
     run = RunPaths.of(config.name)
-    check_before_training(config, run, overwrite)
+    check_before_training(config, run, overwrite, resume)
     # Called, not submitted: training stays in the main thread, where a request to end reaches it.
     results = {
         "validate": validate(config),
         "tiers": tiers(config),
-        "train": train(config, overwrite),
+        "train": train(config, overwrite, resume),
         "evaluate": evaluate(config),
         "register": register(config),
     }
@@ -168,7 +169,9 @@ def main(arguments: list[str] | None = None) -> int:
     add_run_options(parser, trains=True)
     options = parser.parse_args(arguments)
     behave_on_a_terminal()
-    return exit_code_of(lambda: retrain(load_config(options.config, options.set, options.name), options.overwrite))
+    return exit_code_of(
+        lambda: retrain(load_config(options.config, options.set, options.name), options.overwrite, options.resume)
+    )
 
 
 if __name__ == "__main__":

@@ -22,8 +22,10 @@ COMMANDS = {
     "evaluate": "score base, parent, champion and candidate on the new task and every retention set",
     "register": "register the adapter in MLflow, and promote it if the gate let it pass",
     "run": "all of these, one after the other",
+    "export": "write the adapter for PEFT, for mlx-lm, merged into the base, or as GGUF, and check what was written",
 }
-STAGES = tuple(COMMANDS)[:-1]
+STAGES = tuple(COMMANDS)[:-2]
+FORMATS = ("peft", "mlx", "merged", "gguf")
 
 
 class Result(Protocol):
@@ -69,7 +71,7 @@ def exit_code_of(action: Callable[[], object]) -> int:
 
 
 def add_run_options(parser: argparse.ArgumentParser, trains: bool) -> None:
-    """Add the options that say which run is meant; `trains`: also whether its checkpoints may be replaced."""
+    """Add the options that say which run is meant; `trains`: also what becomes of its checkpoints."""
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML file of the run")
     parser.add_argument("--name", metavar="RUN", help="name of the run, in place of the file's")
     parser.add_argument(
@@ -79,6 +81,24 @@ def add_run_options(parser: argparse.ArgumentParser, trains: bool) -> None:
         parser.add_argument(
             "--overwrite", action="store_true", help="replace checkpoints that another configuration trained"
         )
+        parser.add_argument(
+            "--resume",
+            action="store_true",
+            help="go on from the newest checkpoint of the run, on this backend or the other; training.steps may grow, "
+            "and a cosine schedule then follows the new length",
+        )
+
+
+def _add_export_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--to", required=True, choices=FORMATS, help="what the adapter becomes")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--checkpoint", choices=("best", "final"), help="by default the one that is evaluated")
+    which.add_argument("--adapter", metavar="ADAPTER", help="another one: a folder, or models:/<name>@<alias>")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="by default runs/<name>/export/<to>")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export there")
+    parser.add_argument(
+        "--dequantize", action="store_true", help="merge on a base quantized by MLX, as a model of floats"
+    )
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -91,7 +111,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.command == "run":
         from nestune.stages.train import check_before_training
 
-        check_before_training(config, run, options.overwrite)
+        check_before_training(config, run, options.overwrite, options.resume)
     results: dict[str, Any] = {}
     for stage in stages:
         result = _stage(stage, options)(config, run)
@@ -115,11 +135,16 @@ def _stage(name: str, options: argparse.Namespace) -> Callable[["RunConfig", "Ru
     if name == "train":
         from nestune.stages.train import train
 
-        return lambda config, run: train(config, run, overwrite=options.overwrite)
+        return lambda config, run: train(config, run, overwrite=options.overwrite, resume=options.resume)
     if name == "evaluate":
         from nestune.stages.evaluate import evaluate
 
         return evaluate
+    if name == "export":
+        from nestune.stages.export import export
+
+        chosen = {key: getattr(options, key) for key in ("checkpoint", "adapter", "out", "overwrite", "dequantize")}
+        return lambda config, run: export(config, run, options.to, **chosen)
     from nestune.stages.register import register
 
     return register
@@ -132,8 +157,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, purpose in COMMANDS.items():
-        command = commands.add_parser(name, help=purpose, description=purpose.capitalize() + ".")
+        command = commands.add_parser(name, help=purpose, description=f"{purpose[:1].upper()}{purpose[1:]}.")
         add_run_options(command, trains=name in ("train", "run"))
+        if name == "export":
+            _add_export_options(command)
         command.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
 

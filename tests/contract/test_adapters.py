@@ -151,6 +151,27 @@ def test_training_goes_on_from_an_adapter_of_mlx_lms_last_layers_in_all_of_them(
     np.testing.assert_allclose(mlx_lm_logits(tmp_path), backend.logits(TOKENS), atol=SAME_LOGITS)
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_an_adapter_of_pefts_own_is_taken_where_it_is_plain_lora(
+    make: MakeBackend, tmp_path: Path, use_dora: bool
+) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    targets = ["q_proj", "down_proj"]
+    peft = LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False, use_dora=use_dora)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(BASE), peft).save_pretrained(tmp_path)
+    backend = make(lora={"rank": 4, "alpha": 8, "targets": targets})
+    if use_dora:
+        with pytest.raises(ConfigError, match=r"(?s)use_dora: nestune.*lora_magnitude_vector.* is no LoRA matrix"):
+            backend.load_adapter(tmp_path)
+    else:
+        backend.load_adapter(tmp_path)
+        np.testing.assert_allclose(backend.logits(TOKENS), peft_logits(tmp_path), atol=SAME_LOGITS)
+
+
 def test_another_scale_of_mlx_lms_is_refused_with_the_alpha_to_set(
     make: MakeBackend, of_mlx_lm: dict[int, Path]
 ) -> None:

@@ -18,6 +18,7 @@ from trl import SFTConfig, SFTTrainer
 
 import nestune
 from nestune.backends.lora_modules import trainable_lora
+from nestune.backends.randomness import initial_weights
 from nestune.backends.tiered_optimizer import TieredOptimizer
 from nestune.backends.torch_backend import TorchBackend
 from nestune.data.batches import Batch
@@ -74,9 +75,9 @@ def train(
     resume: Path | None = None,
     **arguments: Any,
 ) -> Run:
-    torch.manual_seed(SEED)
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(BASE), config)
+    begin_as_our_own_loop(model)
     tiers = nestune.tier_map(model, strategy=strategy, update_every=periods)
     optimizer = nestune.tiered_optimizer(
         model, tiers, lr=RATE, inactive_gradients=policy, max_grad_norm=optimizer_norm, weight_decay=0.0
@@ -104,6 +105,15 @@ def train(
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     run.log = [line for line in trainer.state.log_history if "loss" in line]
     return run
+
+
+def begin_as_our_own_loop(model: Any) -> None:
+    """Give a new adapter the first weights that our own loop draws."""
+    matrices = {matrix.described: matrix.values for matrix in trainable_lora(model)}
+    first_weights = initial_weights(list(matrices), SEED)
+    with torch.no_grad():
+        for described, values in matrices.items():
+            values.copy_(torch.from_numpy(first_weights[described.name]))
 
 
 def watch_graphs(model: Any, run: Run) -> None:

@@ -4,22 +4,21 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
 from mlx import nn
-from mlx.utils import tree_flatten
-from mlx_lm.generate import BatchGenerator
 from mlx_lm.utils import load_model
 from numpy.typing import NDArray
 
 from nestune.backends.adapters import read_adapter, write_adapter
 from nestune.backends.base import Loss, StepResult
+from nestune.backends.mlx_generation import answers_together, generate_greedily
 from nestune.backends.mlx_head_loss import Head, head_loss
-from nestune.backends.mlx_lora import add_lora, checkpoint_activations, mlx_arguments
+from nestune.backends.mlx_lora import add_lora, checkpoint_activations, mlx_arguments, parameters_of
 from nestune.backends.mlx_optimizer import Arrays, TieredOptimizer
 from nestune.backends.randomness import initial_weights, step_seed
 from nestune.backends.training_state import TrainingState, check_fits
@@ -32,6 +31,9 @@ from nestune.tiers.parameters import LoraParameter
 
 # Elements of a block of logits; 128 MiB in float32, 220 positions of a vocabulary of 152,000.
 LOGITS_AT_ONCE = 2**25
+# What is traced stays in memory, a quarter of a MiB a layer; MLX itself would keep it for every shape ever seen.
+COMPILED_AT_MOST = 128
+Shape = tuple[int, ...]
 IMPORTANCE: dict[str, Callable[[mx.array, mx.array], mx.array]] = {
     "gradient": lambda _, gradient: mx.abs(gradient),
     "squared_gradient": lambda _, gradient: mx.square(gradient),
@@ -72,7 +74,7 @@ class MlxBackend:
         self._matrices: Arrays = {}
         self._set_weights(self._untrained)
         self._optimizer: TieredOptimizer | None = None
-        self._compiled: dict[frozenset[str], Callable[..., tuple[mx.array, Arrays]]] = {}
+        self._compiled = lru_cache(COMPILED_AT_MOST)(self._compile)
 
     def lora_parameters(self) -> list[LoraParameter]:
         return self._described
@@ -92,11 +94,10 @@ class MlxBackend:
         # Of a B that is not so; an A has no gradient as long as its B is zero.
         if nats and not grad_norm and any("lora_b" in name for name in self._optimizer.names(due)):
             raise DivergedError("no gradient is left, so activations have overflowed")
-        before = {name: self._matrices[name] for name in moved}
         self._matrices |= moved
         self._put(moved)
-        if grad_norm and learning_rate and any(self._optimizer.updates[tier] == 1 for tier in due):
-            self._check_reached(before)
+        if any(self._optimizer.updates[tier] == 1 for tier in due):
+            self._check_reached(moved)
         return StepResult(nats, tokens, sum(int(batch.lengths.sum()) for batch in micro_batches), grad_norm)
 
     def measure_importance(
@@ -117,7 +118,7 @@ class MlxBackend:
         nats, tokens = 0.0, 0
         self._switch(training=False)
         for batch in batches:
-            nats += self._summed_loss(*_arrays(batch)).item()
+            nats += float(np.array(self._summed_loss(*_arrays(batch))))
             tokens += int(batch.supervised.sum())
         return Loss(nats, tokens)
 
@@ -127,20 +128,8 @@ class MlxBackend:
 
     def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
         self._switch(training=False)
-        generator = BatchGenerator(
-            self._model,
-            max_tokens=max_tokens,
-            stop_tokens=[[token] for token in self._end_ids],
-            completion_batch_size=len(prompts),
-            prefill_batch_size=len(prompts),
-        )
-        written: dict[int, list[int]] = {number: [] for number in generator.insert([list(p) for p in prompts])}
-        while responses := generator.next_generated():
-            for response in responses:
-                if response.finish_reason != "stop":
-                    written[response.uid].append(response.token)
-        generator.close()
-        return list(written.values())
+        at_once = len(prompts) if self._answers_together else 1
+        return generate_greedily(self._model, prompts, max_tokens, self._end_ids, at_once)
 
     def save_adapter(self, folder: Path) -> None:
         modules = {name: matrix.path for name, matrix in self._held.items()}
@@ -168,30 +157,37 @@ class MlxBackend:
         """
         tokens = sum(int(batch.supervised.sum()) for batch in micro_batches)
         self._switch(training=True)
-        if needed not in self._compiled:
-            self._compiled[needed] = self._compile(needed)
-        differentiated = {name: self._matrices[name] for name in needed}
+        # In the model's order: MLX computes gradients in that of its results, and checkpointed layers that are computed
+        # again out of their turn would all be kept.
+        differentiated = {name: matrix for name, matrix in self._matrices.items() if name in needed}
         fixed = {name: matrix for name, matrix in self._matrices.items() if name not in needed}
-        nats, gradients = mx.zeros(()), {}
+        summed, gradients = mx.zeros(()), Arrays()
         for key, batch in zip(mx.random.split(mx.random.key(seed), len(micro_batches)), micro_batches, strict=True):
             arrays, total = _arrays(batch), mx.array(float(tokens))
-            of_batch, further = self._compiled[needed](differentiated, fixed, key, *arrays, total)
-            nats = nats + of_batch
+            compiled = self._compiled(needed, tuple(array.shape for array in arrays))
+            of_batch, further = compiled(differentiated, fixed, key, *arrays, total)
+            summed = summed + of_batch
             gradients = {name: gradients[name] + g for name, g in further.items()} if gradients else further
             # Or all micro-batches would be there at once.
-            mx.eval(nats, gradients)
+            mx.eval(summed, gradients)
         # What is traced leaves its placeholders in the model.
         self._put(self._matrices)
-        if not math.isfinite(nats.item()):
-            raise DivergedError(f"the loss is {nats.item()}")
-        return float(nats.item()), tokens, gradients
+        nats = float(np.array(summed))
+        if not math.isfinite(nats):
+            raise DivergedError(f"the loss is {nats}")
+        return nats, tokens, gradients
 
-    def _compile(self, needed: frozenset[str]) -> Callable[..., tuple[mx.array, Arrays]]:
-        """The loss of a micro-batch and its gradients with respect to some matrices, as one compiled function."""
+    def _compile(self, needed: frozenset[str], _: tuple[Shape, ...]) -> Callable[..., tuple[mx.array, Arrays]]:
+        """The loss of a micro-batch and its gradients with respect to some matrices, as one compiled function.
+
+        One for the arrays of each shape, so that what was traced for some can be given up.
+        """
 
         def loss(differentiated: Arrays, fixed: Arrays, key: mx.array, *batch_and_total: mx.array) -> mx.array:
             *batch, total = batch_and_total
             self._put({**differentiated, **fixed})
+            for name, matrix in self._held.items():
+                matrix.differentiate(name in needed)
             if self._config.lora.dropout:
                 for module, own in zip(self._modules, mx.random.split(key, len(self._modules)), strict=True):
                     module.drop_by(own)
@@ -216,15 +212,19 @@ class MlxBackend:
         for name, values in matrices.items():
             self._held[name].put(values)
 
-    def _check_reached(self, before: Arrays) -> None:
-        """Raise RunError unless the model's own parameters are no longer what they were before an update."""
-        parameters = dict(tree_flatten(self._model.trainable_parameters()))
-        places = {name: f"{self._held[name].path}.lora_{self._held[name].described.side}" for name in before}
-        if all(mx.array_equal(parameters[places[name]], values).item() for name, values in before.items()):
+    def _check_reached(self, moved: Arrays) -> None:
+        """Raise RunError unless the model's own parameters are what an update has made."""
+        parameters = parameters_of(self._model, frozen_too=True)
+        places = {name: f"{self._held[name].path}.lora_{self._held[name].described.side}" for name in moved}
+        if not all(mx.array_equal(parameters[places[name]], values).item() for name, values in moved.items()):
             raise RunError(
-                "an update did not reach the model: its parameters are what they were before. This is a fault of "
-                "nestune or of the model's code in mlx-lm; train with model.backend: torch, and report it."
+                "an update did not reach the model: its parameters are others. This is a fault of nestune or of the "
+                "model's code in mlx-lm; train with model.backend: torch, and report it."
             )
+
+    @cached_property
+    def _answers_together(self) -> bool:
+        return answers_together(self._model)
 
     def _switch(self, training: bool) -> None:
         """Dropout on or off; asked first, as setting it walks through every module."""
@@ -234,14 +234,16 @@ class MlxBackend:
 
 def _load_base(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     """The base model and its settings; raises ConfigError when mlx-lm cannot load it."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         model, settings = load_model(folder, model_config=mlx_arguments(config))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        method = (config.get("quantization_config") or {}).get("quant_method")
+        quantized = f", quantized by {method}" if method else ""
         first_line = str(error).strip().partition("\n")[0]
         raise ConfigError(
-            f"model.base: mlx-lm does not load the model in {folder}: {first_line}. Take another copy, a model that "
-            "mlx-lm knows, or model.backend: torch."
+            f"model.base: mlx-lm does not load the model in {folder}{quantized}: {first_line}. Take another copy, a "
+            "model that mlx-lm knows, or model.backend: torch."
         ) from error
     return model, settings
 
@@ -273,24 +275,26 @@ def _split_head(model: Any) -> tuple[Callable[[mx.array], mx.array], Head, int]:
 
 
 def _arrays(batch: Batch) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    """A batch as the model takes it, padded to one of few shapes, each of which is compiled once.
+    """A batch as the model takes it, padded to one of few shapes: a step is compiled for each of them.
 
     tokens (B, T) without each row's last; places (N,) in the B x T hidden states, of what predicts a supervised token;
     targets (N,) those tokens; weights (N,) 1, and 0 where N was padded. Rows are padded on the right, where nothing
     before them looks: no mask is needed.
     """
     rows, width = batch.tokens.shape
-    inputs = np.zeros((rows, _padded(width - 1)), np.int32)
+    inputs = np.zeros((rows, _padded(width - 1, 8, 8)), np.int32)
     inputs[:, : width - 1] = batch.tokens[:, :-1]
     row, column = np.nonzero(batch.supervised[:, 1:])
-    padding = (0, _padded(len(row)) - len(row))
+    padding = (0, _padded(len(row), 32, 4) - len(row))
     places = np.pad(row * inputs.shape[1] + column, padding)
     targets = np.pad(batch.tokens[row, column + 1], padding)
     weights = np.pad(np.ones(len(row), np.float32), padding)
     return mx.array(inputs), mx.array(places.astype(np.int32)), mx.array(targets), mx.array(weights)
 
 
-def _padded(size: int) -> int:
-    """The next of 8, 16, 24, ..., 64, 72 and so on, eight sizes to each doubling: at most an eighth is padding."""
-    step = max(8, 1 << max(0, size.bit_length() - 4))
+def _padded(size: int, least: int, in_a_doubling: int) -> int:
+    """The next multiple of `least`, or, of larger sizes, the next of so many to each doubling: with 8 and 8 these are
+    8, 16, 24, ..., 128, 144, ..., 256, 288, ..., and at most an eighth is padding.
+    """
+    step = max(least, (1 << size.bit_length() >> 1) // in_a_doubling)
     return -(-size // step) * step

@@ -1,6 +1,7 @@
 """Cross-entropy of a frozen language-model head on MLX, without ever holding the logits of a whole batch."""
 
 from collections.abc import Callable
+from functools import partial
 
 import mlx.core as mx
 from mlx import nn
@@ -17,11 +18,11 @@ def head_loss(hidden: mx.array, targets: mx.array, weights: mx.array, head: Head
     Source: as `nestune.backends.head_loss`.
     """
     if len(hidden) <= positions_at_once:
-        return _of_block(hidden, targets, weights, head)
+        return _of_block(head, hidden, targets, weights)
 
     @mx.custom_function
     def in_blocks(hidden: mx.array) -> tuple[mx.array, mx.array]:
-        with_gradient = mx.value_and_grad(lambda seen, *of_block: _of_block(seen, *of_block, head))
+        with_gradient = mx.value_and_grad(partial(_of_block, head))
         loss, gradients = mx.zeros(()), []
         for start in range(0, len(hidden), positions_at_once):
             block = slice(start, start + positions_at_once)
@@ -36,10 +37,10 @@ def head_loss(hidden: mx.array, targets: mx.array, weights: mx.array, head: Head
     def backward(_: mx.array, upstream: tuple[mx.array, mx.array], outputs: tuple[mx.array, mx.array]) -> mx.array:
         return upstream[0] * outputs[1]
 
-    loss: mx.array = in_blocks(hidden)[0]
-    return loss
+    outputs: tuple[mx.array, mx.array] = in_blocks(hidden)  # type: ignore[assignment]
+    return outputs[0]
 
 
-def _of_block(hidden: mx.array, targets: mx.array, weights: mx.array, head: Head) -> mx.array:
+def _of_block(head: Head, hidden: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
     logits = head(hidden).astype(mx.float32)
     return (nn.losses.cross_entropy(logits, targets) * weights).sum()

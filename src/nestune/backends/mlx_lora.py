@@ -8,6 +8,7 @@ import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from nestune.backends.lora_targets import chosen_modules
 from nestune.config import LoraConfig
 from nestune.errors import ConfigError
 from nestune.tiers.parameters import LoraParameter, parse_parameter
@@ -17,7 +18,6 @@ ROPE_IN_MLX = {
     "rope_theta": ("rope_theta", "rotary_emb_base"),
     "partial_rotary_factor": ("partial_rotary_factor", "rotary_pct"),
 }
-HEADS = ("lm_head", "embed_out")
 
 
 class LoraLinear(nn.Module):
@@ -29,7 +29,7 @@ class LoraLinear(nn.Module):
     """
 
     def __init__(self, linear: nn.Module, lora: LoraConfig) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         outputs, inputs = linear.weight.shape
         if isinstance(linear, nn.QuantizedLinear):
             inputs = linear.scales.shape[-1] * linear.group_size
@@ -42,7 +42,7 @@ class LoraLinear(nn.Module):
         self._keep = 1 - lora.dropout
 
     def __call__(self, x: mx.array) -> mx.array:
-        output = self.linear(x)
+        output: mx.array = self.linear(x)
         if self.training and self._keep < 1:
             x = x * mx.random.bernoulli(self._keep, x.shape, key=self._key) * (1 / self._keep)
         inner = x @ self.lora_a
@@ -67,11 +67,22 @@ class LoraMatrix:
         """Let the module compute with these values."""
         self.module[f"lora_{self.described.side}"] = values
 
+    def differentiate(self, wanted: bool) -> None:
+        """Whether its gradient is asked for: a layer that is computed again makes no other."""
+        change = self.module.unfreeze if wanted else self.module.freeze
+        change(recurse=False, keys=[f"lora_{self.described.side}"])
+
     @property
     def values(self) -> mx.array:
         """What the module computes with."""
         values: mx.array = self.module[f"lora_{self.described.side}"]
         return values
+
+
+def parameters_of(model: nn.Module, *, frozen_too: bool = False) -> dict[str, mx.array]:
+    """The trainable parameters, or all of them, by their paths, in the model's order."""
+    parameters = model.parameters() if frozen_too else model.trainable_parameters()  # type: ignore[no-untyped-call]
+    return dict(tree_flatten(parameters))
 
 
 def add_lora(model: nn.Module, lora: LoraConfig) -> list[LoraMatrix]:
@@ -80,24 +91,20 @@ def add_lora(model: nn.Module, lora: LoraConfig) -> list[LoraMatrix]:
     Raises ConfigError when the targets match nothing, or a module outside of the layers.
     """
     model.freeze()
-    linear = {path: module for path, module in model.named_modules() if isinstance(module, _LINEAR)}
-    chosen = [path for path in linear if _is_target(path, lora.targets)]
-    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
-    if not chosen:
-        names = ", ".join(sorted({path.rpartition(".")[2] for path in linear}))
-        raise ConfigError(f"lora.targets is {targets!r}: no module has such a name. Linear modules here: {names}.")
+    linear = {path: module for path, module in _modules(model) if isinstance(module, _LINEAR)}
+    chosen = chosen_modules(lora.targets, list(linear))
     outside = [path for path in chosen if parse_parameter(f"{path}.lora_a", ()) is None]
     if outside:
         raise ConfigError(
-            f"lora.targets is {targets!r}: that is no LoRA matrix of a layer: {', '.join(outside)}. Let LoRA target "
-            "modules of the layers by name, e.g. [q_proj, v_proj]."
+            f"lora.targets is {lora.targets!r}: that is no LoRA matrix of a layer: {', '.join(outside)}. Let LoRA "
+            "target modules of the layers by name, e.g. [q_proj, v_proj]."
         )
     with_adapter = {path: LoraLinear(linear[path], lora) for path in chosen}
     model.update_modules(tree_unflatten(list(with_adapter.items())))
     for module in with_adapter.values():
         module.unfreeze(recurse=False, keys=["lora_a", "lora_b"])
     matrices = []
-    for key, values in tree_flatten(model.trainable_parameters()):
+    for key, values in parameters_of(model).items():
         described = parse_parameter(key, values.shape[::-1])
         assert described is not None
         path = key.rpartition(".")[0]
@@ -140,21 +147,40 @@ def mlx_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
 _LINEAR = (nn.Linear, nn.QuantizedLinear)
 
 
-def _is_target(path: str, targets: str | tuple[str, ...]) -> bool:
-    """As PEFT chooses: all linear modules but the head, or those whose path ends with one of the names."""
-    if isinstance(targets, str):
-        return path.rpartition(".")[2] not in HEADS
-    return any(path == target or path.endswith(f".{target}") for target in targets)
+def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    modules: list[tuple[str, nn.Module]] = model.named_modules()  # type: ignore[no-untyped-call]
+    return modules
 
 
 def _checkpointed(kind: type[nn.Module]) -> Any:
-    """The call of a layer class that keeps only its inputs."""
+    """The call of a layer class that keeps only its inputs for the backward pass.
+
+    Differs from `mx.checkpoint` in the order of that pass, which would have layers computed again before their turn,
+    and the products that make the gradients of LoRA matrices last of all: what these are made of would stay for all
+    layers.
+    """
 
     def call(layer: Any, *inputs: Any, **options: Any) -> Any:
-        def compute(parameters: Any, *inputs: Any, **options: Any) -> Any:
-            layer.update(parameters)
+        if not layer.training:
             return kind.__call__(layer, *inputs, **options)
+        matrices = parameters_of(layer)
+        arrays = {place: given for place, given in enumerate(inputs) if isinstance(given, mx.array)}
 
-        return mx.checkpoint(compute)(layer.trainable_parameters(), *inputs, **options)
+        def compute(*values: mx.array) -> Any:
+            layer.update(tree_unflatten(list(zip(matrices, values, strict=False))))
+            given = dict(enumerate(inputs)) | dict(zip(arrays, values[len(matrices) :], strict=True))
+            return kind.__call__(layer, *given.values(), **options)
+
+        kept = mx.custom_function(compute)
+
+        @kept.vjp
+        def backward(values: Any, of_output: mx.array, _: mx.array) -> list[mx.array]:
+            # One alone comes bare.
+            values = [values] if isinstance(values, mx.array) else list(values)
+            _, gradients = mx.vjp(compute, mx.depends(values, [of_output]), [of_output])
+            of_matrices, of_inputs = gradients[: len(matrices)], gradients[len(matrices) :]
+            return of_matrices + (mx.depends(of_inputs, of_matrices) if of_matrices else of_inputs)
+
+        return kept(*matrices.values(), *arrays.values())
 
     return call

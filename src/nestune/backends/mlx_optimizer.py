@@ -101,12 +101,13 @@ class TieredOptimizer:
             {name: matrices[name] for name in touched}, gradients, self._windows, window_steps
         )
         mx.eval(moved, self._windows, norm, [self._optimizers[tier].state for tier in due])
-        if not math.isfinite(norm.item()):
-            raise DivergedError(f"the gradient's norm is {norm.item()}")
+        grad_norm = float(np.array(norm))
+        if not math.isfinite(grad_norm):
+            raise DivergedError(f"the gradient's norm is {grad_norm}")
         for tier in due:
             self.updates[tier] += 1
             self._window_steps[tier] = 0
-        return moved, float(norm.item())
+        return moved, grad_norm
 
     def state(self) -> TrainingState:
         """A copy of the state, in the orientation that all backends share."""

@@ -1,5 +1,6 @@
 """Training on PyTorch (CUDA, or CPU): Transformers holds the base, PEFT the adapter, torch.optim the updates."""
 
+import json
 import math
 import os
 import sys
@@ -17,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from nestune.backends.adapters import read_adapter, write_adapter
@@ -24,6 +26,7 @@ from nestune.backends.base import Loss, StepResult
 from nestune.backends.frozen_lora import shorten_frozen_forward
 from nestune.backends.head_loss import head_loss
 from nestune.backends.lora_modules import trainable_lora
+from nestune.backends.lora_targets import chosen_modules
 from nestune.backends.randomness import initial_weights, step_seed
 from nestune.backends.tiered_optimizer import TieredOptimizer
 from nestune.backends.torch_state import read_state, restore_state
@@ -269,11 +272,17 @@ def greedy_generation(recommended: GenerationConfig, tokenizer: Tokenizer) -> Ge
 
 def _load_base(folder: Path, dtype: Any) -> Any:
     """The base model; typed loosely, as the methods of Transformers' models mostly bear no types."""
+    quantization = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization")
+    if quantization is not None:
+        raise ConfigError(
+            f"model.base: the model in {folder} is quantized for MLX ({quantization.get('bits')} bits), which PyTorch "
+            "does not read. Set model.backend: mlx, or take the base that it was made of."
+        )
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+    except (SafetensorError, ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
         first_line = str(error).strip().partition("\n")[0]
         raise ConfigError(
             f"model.base: the model in {folder} does not load: {first_line}. Take another copy."
@@ -281,7 +290,9 @@ def _load_base(folder: Path, dtype: Any) -> Any:
 
 
 def _add_lora(causal: Any, config: RunConfig) -> PeftModel:
-    """Freeze the base and give its linear modules an adapter; raises ConfigError when the targets match nothing."""
+    """Freeze the base and give its linear modules an adapter; raises ConfigError when a target matches nothing."""
+    linear = [name for name, module in causal.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    chosen_modules(config.lora.targets, linear)
     targets = config.lora.targets if isinstance(config.lora.targets, str) else list(config.lora.targets)
     peft_config = PeftLoraConfig(
         task_type="CAUSAL_LM",
@@ -290,16 +301,10 @@ def _add_lora(causal: Any, config: RunConfig) -> PeftModel:
         lora_dropout=config.lora.dropout,
         target_modules=targets,
     )
-    try:
-        with warnings.catch_warnings():
-            # PEFT asks Transformers in ways that Transformers has begun to rename; users can do nothing about it.
-            warnings.simplefilter("ignore", FutureWarning)
-            model = get_peft_model(causal, peft_config)
-    except ValueError as error:
-        modules = causal.named_modules()
-        linear = sorted({name.rpartition(".")[2] for name, module in modules if isinstance(module, nn.Linear)})
-        why = str(error).splitlines()[0]
-        raise ConfigError(f"lora.targets is {targets!r}: {why} Linear modules here: {', '.join(linear)}.") from None
+    with warnings.catch_warnings():
+        # PEFT asks Transformers in ways that Transformers has begun to rename; users can do nothing about it.
+        warnings.simplefilter("ignore", FutureWarning)
+        model = get_peft_model(causal, peft_config)
     assert isinstance(model, PeftModel)
     return model
 

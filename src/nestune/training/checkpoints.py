@@ -95,7 +95,7 @@ def newest_checkpoint(run: RunPaths, keys: Sequence[str] = ("config",)) -> Check
     for path in run.checkpoints.glob(f"[!.]*/{METADATA}"):
         metadata = read_json(path, f"Delete {path.parent}, or train again with --overwrite.", keys=["step", *keys])
         found.append(Checkpoint(path.parent, metadata["step"], metadata))
-    return max(found, key=lambda checkpoint: (checkpoint.step, checkpoint.is_final, checkpoint.folder), default=None)
+    return max(found, key=lambda checkpoint: (checkpoint.step, checkpoint.is_final), default=None)
 
 
 def checkpoint_to_go_on_from(config: RunConfig, run: RunPaths) -> Checkpoint:
