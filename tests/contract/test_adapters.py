@@ -305,9 +305,10 @@ def test_answers_of_a_batch_equal_those_of_each_prompt_alone(trained: Backend) -
     assert trained.generate(PROMPTS, 6) == [trained.generate([prompt], 6)[0] for prompt in PROMPTS]
 
 
-def test_targets_that_match_nothing_are_refused_with_the_known_modules(make: MakeBackend) -> None:
-    with pytest.raises(ConfigError, match=r"lora\.targets.*down_proj.*q_proj"):
-        make(lora={"targets": ["nothing_like_it"]})
+@pytest.mark.parametrize("others", [[], ["q_proj"]])
+def test_a_target_that_matches_nothing_is_refused_with_the_known_modules(make: MakeBackend, others: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"lora\.targets.* called nothing_like_it\. .*down_proj.*q_proj"):
+        make(lora={"targets": [*others, "nothing_like_it"]})
 
 
 def test_a_target_outside_of_the_layers_is_refused(make: MakeBackend, tmp_path: Path) -> None:

@@ -23,11 +23,12 @@ def head_loss(hidden: mx.array, targets: mx.array, weights: mx.array, head: Head
     @mx.custom_function
     def in_blocks(hidden: mx.array) -> tuple[mx.array, mx.array]:
         with_gradient = mx.value_and_grad(partial(_of_block, head))
-        loss, gradients = mx.zeros(()), []
+        loss = mx.zeros(())
+        gradients: list[mx.array] = []
         for start in range(0, len(hidden), positions_at_once):
             block = slice(start, start + positions_at_once)
-            # Without the dependency the logits of all blocks might be made before the first are used up.
-            seen = mx.depends([hidden[block]], [loss])[0]
+            # Or the logits of all blocks are made before the first are used up.
+            seen = mx.depends([hidden[block]], [loss, *gradients[-1:]])[0]
             of_block, gradient = with_gradient(seen, targets[block], weights[block])
             loss = loss + of_block
             gradients.append(gradient)

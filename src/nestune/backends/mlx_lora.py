@@ -177,7 +177,7 @@ def _checkpointed(kind: type[nn.Module]) -> Any:
         def backward(values: Any, of_output: mx.array, _: mx.array) -> list[mx.array]:
             # One alone comes bare.
             values = [values] if isinstance(values, mx.array) else list(values)
-            _, gradients = mx.vjp(compute, mx.depends(values, [of_output]), [of_output])
+            gradients = mx.vjp(compute, mx.depends(values, [of_output]), [of_output])[1]
             of_matrices, of_inputs = gradients[: len(matrices)], gradients[len(matrices) :]
             return of_matrices + (mx.depends(of_inputs, of_matrices) if of_matrices else of_inputs)
 

@@ -42,7 +42,12 @@ class _Part:
         if self.ranks is None:
             return matrix
         chosen = slice(self.ranks.start, self.ranks.stop)
-        return matrix[:, chosen] if self.matrix.endswith("lora_a") else matrix[chosen]
+        return matrix[:, chosen] if self.axis else matrix[chosen]
+
+    @property
+    def axis(self) -> int:
+        """The axis that counts ranks."""
+        return 1 if self.matrix.endswith("lora_a") else 0
 
 
 class TieredOptimizer:
@@ -57,8 +62,10 @@ class TieredOptimizer:
         self.steps = 0
         self.updates = [0] * len(tiers.periods)
         self._tier_of, self._tiers, self._training = dict(tier_of), tiers, training
-        self._order = list(matrices)
         self._parts = [_Part(name, tier, *split_name(name)) for name, tier in tier_of.items()]
+        self._parts_of: dict[str, list[_Part]] = {name: [] for name in matrices}
+        for part in sorted(self._parts, key=lambda part: part.ranks.start if part.ranks else 0):
+            self._parts_of[part.matrix].append(part)
         self._window_steps = [0] * len(tiers.periods)
         # Of L2, the weight decay of all but AdamW.
         self._added_decay = 0.0 if training.optimizer == "adamw" else training.weight_decay
@@ -171,16 +178,14 @@ class TieredOptimizer:
             if self._training.max_grad_norm is not None:
                 factor = mx.minimum(self._training.max_grad_norm / (norm + EPSILON_OF_CLIPPING), 1.0)
                 applied = {name: gradient * factor for name, gradient in applied.items()}
-            moved = dict(matrices)
+            after: Arrays = {}
             for tier in sorted(due):
                 parts = self._of(frozenset({tier}))
                 values = {part.name: part.of(matrices[part.matrix]) for part in parts}
                 if self._added_decay:
                     applied |= {name: applied[name] + self._added_decay * value for name, value in values.items()}
-                after = self._optimizers[tier].apply_gradients({name: applied[name] for name in values}, values)
-                for part in parts:
-                    moved[part.matrix] = _with_part(moved[part.matrix], part, after[part.name])
-            return moved, left, norm
+                after |= self._optimizers[tier].apply_gradients({name: applied[name] for name in values}, values)
+            return self._whole(after, matrices), left, norm
 
         return rule
 
@@ -188,30 +193,18 @@ class TieredOptimizer:
         """The global norm of what is applied. Whatever the tiers, matrices are added up whole and in the model's order:
         a sum of squares is rounded by the order of its terms.
         """
-        whole: Arrays = {}
-        for part in self._parts:
-            if part.name in applied:
-                gradient = applied[part.name]
-                if part.ranks is not None:
-                    before = whole.get(part.matrix, mx.zeros_like(matrices[part.matrix]))
-                    gradient = _with_part(before, part, gradient)
-                whole[part.matrix] = gradient
-        squares = [mx.square(whole[name]).sum() for name in self._order if name in whole]
+        whole = self._whole(applied, {name: mx.zeros_like(matrix) for name, matrix in matrices.items()})
+        squares = [mx.square(matrix).sum() for matrix in whole.values()]
         return mx.sqrt(sum(squares, mx.array(0.0)))
 
-
-def _with_part(matrix: mx.array, part: _Part, values: mx.array) -> mx.array:
-    """The matrix with these values in the place of a part."""
-    if part.ranks is None:
-        return values
-    before, after = range(part.ranks.start), range(part.ranks.stop, matrix.shape[_axis(part)])
-    pieces = [_Part("", 0, part.matrix, before).of(matrix), values, _Part("", 0, part.matrix, after).of(matrix)]
-    return mx.concatenate(pieces, axis=_axis(part))
-
-
-def _axis(part: _Part) -> int:
-    """The axis that counts ranks, as MLX lays matrices out."""
-    return 1 if part.matrix.endswith("lora_a") else 0
+    def _whole(self, values: Arrays, others: Arrays) -> Arrays:
+        """The matrices, whole, of parts with these values; a part of them that has none is as `others` has it."""
+        whole: Arrays = {}
+        for name, parts in self._parts_of.items():
+            if any(part.name in values for part in parts):
+                pieces = [values[part.name] if part.name in values else part.of(others[name]) for part in parts]
+                whole[name] = pieces[0] if len(pieces) == 1 else mx.concatenate(pieces, axis=parts[0].axis)
+        return whole
 
 
 def _canonical(array: mx.array) -> np.ndarray:

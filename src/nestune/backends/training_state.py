@@ -84,11 +84,12 @@ def check_fits(state: TrainingState, ours: TrainingState, shapes: Mapping[str, t
         for key in ("optimizer", "update_every", "inactive_gradients", "seed")
         if getattr(state, key) != getattr(ours, key)
     ]
-    pairs = zip_longest(sorted(state.tier_of.items()), sorted(ours.tier_of.items()), fillvalue=("nothing", -1))
+    pairs = zip_longest(sorted(state.tier_of.items()), sorted(ours.tier_of.items()))
     other = next((pair for pair in pairs if pair[0] != pair[1]), None)
     if other is not None:
-        (theirs, their_tier), (here, our_tier) = other
-        faults.append(f"it has {theirs} on tier {their_tier}, here {here} is on tier {our_tier}")
+        its, here = other
+        saved = f"{its[0]} on tier {its[1]}" if its else "nothing more"
+        faults.append(f"it has {saved}, here {f'{here[0]} is on tier {here[1]}' if here else 'is nothing more'}")
     else:
         expected = {name: _shape(name, shapes) for name in ours.tier_of}
         faults += [

@@ -21,7 +21,8 @@ load_fast_blas()
 import mlx.core as mx
 
 from nestune.backends.mlx_backend import MlxBackend, _arrays, _padded
-from nestune.backends.mlx_lora import LoraMatrix
+from nestune.backends.mlx_lora import LoraLinear
+from nestune.config import LoraConfig
 from nestune.data.batches import Batch
 from nestune.errors import RunError
 from nestune.tiers.schedule import TierSchedule
@@ -54,12 +55,25 @@ def matrix_products(backend: MlxBackend, due: set[int], tmp_path: Path) -> int:
     return Counter(re.findall(r'label *= *"([^"]+)"', (tmp_path / "graph.dot").read_text()))["Matmul"]
 
 
-def test_under_drop_the_backward_pass_ends_at_the_lowest_due_layer(tmp_path: Path) -> None:
-    backend = prepared()
+CHECKPOINTING = pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+
+
+@CHECKPOINTING
+def test_under_drop_the_backward_pass_ends_at_the_lowest_due_layer(checkpointing: bool, tmp_path: Path) -> None:
+    backend = prepared(training={"gradient_checkpointing": checkpointing})
     none, two, four, six = (matrix_products(backend, due, tmp_path) for due in (set(), {0}, {0, 1}, {0, 1, 2}))
     assert six - four == four - two > 0
     # The lowest layer of all that are due need not tell the one below it; the head's own is one more.
     assert 0.8 * (six - four) < two - none <= six - four + 1
+
+
+@CHECKPOINTING
+def test_layers_above_it_that_are_not_due_make_no_gradient_of_their_own(checkpointing: bool, tmp_path: Path) -> None:
+    tiers = {"strategy": "layer_depth", "inactive_gradients": "drop"}
+    backend = prepared(tiers=tiers, training={"gradient_checkpointing": checkpointing})
+    fast, faster, every = (matrix_products(backend, due, tmp_path) for due in ({0}, {0, 1}, {0, 1, 2}))
+    # Two of each of seven modules in each of two layers.
+    assert every - faster == faster - fast == 2 * 7 * 2
 
 
 def test_under_drop_only_due_matrices_are_differentiated_and_moved() -> None:
@@ -131,9 +145,8 @@ def test_memory_does_not_grow_over_five_hundred_steps(policy: str, tmp_path: Pat
     for step in range(1, 501):
         if step % 100 == 1:
             mx.reset_peak_memory()
-        # Widths in an order of their own, the same in each hundred steps.
-        width = 6 + 7 * (step % 5) + step % 7
-        backend.train_step([random_batch(step, rows=2, width=width)], schedule.due(step), 1e-3)
+        # Each of 25 widths with each set of due tiers once in a hundred steps.
+        backend.train_step([random_batch(step, rows=2, width=6 + 7 * step % 25)], schedule.due(step), 1e-3)
         if step % 100 == 0:
             peaks.append(mx.get_peak_memory())
     print(f"peaks of a hundred steps each, in bytes: {peaks}")
@@ -160,7 +173,7 @@ def test_checkpointing_takes_less_memory_the_more_layers_there_are(tmp_path: Pat
         for on, training in ((False, {}), (True, {"gradient_checkpointing": True}))
     )
     print(f"bytes at 4 and 12 layers: {plain}, checkpointed {checkpointed}")
-    assert checkpointed[1] - checkpointed[0] < 0.5 * (plain[1] - plain[0])
+    assert checkpointed[1] - checkpointed[0] < 0.1 * (plain[1] - plain[0])
 
 
 def test_checkpointing_one_model_leaves_others_of_its_kind_as_they_are() -> None:
@@ -172,16 +185,12 @@ def test_checkpointing_one_model_leaves_others_of_its_kind_as_they_are() -> None
     assert {type(layer) for layer in prepared()._model.layers} == kinds
 
 
-def test_an_update_that_does_not_reach_the_model_ends_training(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_update_that_does_not_reach_the_model_ends_training() -> None:
     backend = prepared()
-    put = LoraMatrix.put
-
-    def lose(matrix: LoraMatrix, values: mx.array) -> None:
-        if matrix.described.side == "a":
-            put(matrix, values)
-
+    attention = backend._model.layers[3].self_attn
+    # As if the model had replaced a module, or kept a copy of it.
+    attention.q_proj = LoraLinear(attention.q_proj.linear, LoraConfig())
     backend.train_step([random_batch(1)], frozenset({0}), 1e-3)
-    monkeypatch.setattr(LoraMatrix, "put", lose)
     with pytest.raises(RunError, match=r"an update did not reach the model.*model\.backend: torch"):
         backend.train_step([random_batch(2)], frozenset({0, 1}), 1e-3)
 
