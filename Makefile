@@ -27,7 +27,7 @@ demo: setup
 	$(BIN)/python demo/run.py --backend $(BACKEND)
 
 test: setup lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check src flows demo tests benchmarks

@@ -90,6 +90,7 @@ def parent(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> Pa
     random = np.random.default_rng(0)
     drawn = {key: random.normal(0, 0.01, value.shape).astype(np.float32) for key, value in weights.items()}
     save_file(drawn, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapters.safetensors").unlink()  # the same weights in mlx-lm's form, as they were
     return folder
 
 

@@ -6,19 +6,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import fast_mlx  # noqa: F401 - before mlx
+import mlx.core as mx
 import numpy as np
 import pytest
 from small_bases import write_base
 from tests.contract.conftest import BASE, configuration, random_batch
-
-pytest.importorskip("torch")
-pytest.importorskip("mlx")
-
-from nestune.backends.mlx_blas import load_fast_blas
-
-load_fast_blas()
-
-import mlx.core as mx
 
 from nestune.backends.mlx_backend import MlxBackend, _arrays, _padded
 from nestune.backends.mlx_lora import LoraLinear

@@ -2,20 +2,13 @@
 
 from typing import Any
 
+import fast_mlx  # noqa: F401 - before mlx
+import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-
-pytest.importorskip("torch")
-pytest.importorskip("mlx")
-
-from nestune.backends.mlx_blas import load_fast_blas
-
-load_fast_blas()
-
-import mlx.core as mx
 
 from nestune.backends.mlx_head_loss import head_loss
 
