@@ -30,8 +30,10 @@ from typing import Any, Literal
 import numpy as np
 
 from memory import peak_bytes
+from nestune.backends.adapters import METADATA
 from nestune.backends.factory import make_backend
 from nestune.backends.mlx_blas import load_fast_blas
+from nestune.base_model import resolve_base
 from nestune.config import RunConfig, parse_config
 from nestune.data.batches import Batch
 from nestune.runs import write_json
@@ -188,6 +190,8 @@ def make_task(shape: Shape, folder: Path) -> Task:
     for _ in range(3):
         backend.train_step([batch], frozenset({0, 1, 2}), learning_rate=1e-3)
     backend.save_adapter(adapter)
+    trained_on = resolve_base(config.model)
+    write_json(adapter / METADATA, {"base": {"reference": trained_on.reference, "sha256": trained_on.sha256}})
     return Task(base, adapter, (tokens, spans), batch)
 
 

@@ -70,17 +70,21 @@ def test_peak_memory_refuses_work_that_gives_back_memory_from_before() -> None:
         peak_bytes(held.clear)
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    file = tmp_path_factory.mktemp("tier_cost") / "tier_cost.json"
+def smoke_report(benchmark: str, folder: Path) -> dict[str, Any]:
+    file = folder / "report.json"
     subprocess.run(
-        [sys.executable, BENCHMARKS / "tier_cost.py", "--smoke", "--json", file],
+        [sys.executable, BENCHMARKS / benchmark, "--smoke", "--json", file],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         check=True,
     )
     content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return content
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return smoke_report("tier_cost.py", tmp_path_factory.mktemp("tier_cost"))
 
 
 def kinds_of(report: dict[str, Any]) -> dict[str, dict[tuple[int, ...], float]]:
@@ -137,3 +141,62 @@ def test_tier_cost_tells_commit_machine_and_conditions(report: dict[str, Any]) -
     assert told["torch"] == torch.__version__
     assert told["threads"] == 1
     assert {"commit", "processor", "cores", "load_average", "load_average_after"} <= set(told)
+
+
+@pytest.fixture(scope="module")
+def backends_report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    pytest.importorskip("mlx")
+    return smoke_report("backends.py", tmp_path_factory.mktemp("backends"))
+
+
+def test_backends_holds_plain_lora_on_mlx_to_the_time_of_mlx_lm(backends_report: dict[str, Any]) -> None:
+    bars = {
+        (row["set_up"], bar["set_up"]): bar["time_bar"]
+        for row in backends_report["rows"]
+        for bar in row["against"]
+        if bar["time_bar"] is not None or bar["memory_bar"] is not None
+    }
+    assert bars == {("MLX", "mlx-lm"): 1.00}
+
+
+def test_backends_compares_the_times_that_it_tells(backends_report: dict[str, Any]) -> None:
+    rows = {row["set_up"]: row for row in backends_report["rows"]}
+    for row in rows.values():
+        step_s = sum(kind["frequency"] * kind["quartiles_s"][1] for kind in row["kinds"])
+        assert row["step_s"] == pytest.approx(step_s)
+        for compared in row["against"]:
+            assert compared["time_ratio"] == pytest.approx(row["step_s"] / rows[compared["set_up"]]["step_s"])
+
+
+def test_backends_trains_the_same_on_every_trainer(backends_report: dict[str, Any]) -> None:
+    """The second half of each row of 16, and the padding token after it, which mlx-lm's loss counts."""
+    assert backends_report["tokens"] == [2, 16]
+    assert backends_report["supervised_tokens"] == 2 * (8 + 1)
+    for large in (False, True):
+        losses = [row["first_loss"] for row in backends_report["rows"] if ("large" in row["set_up"]) is large]
+        assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-4)
+
+
+def test_backends_finds_that_checkpointing_and_few_logits_save_memory(backends_report: dict[str, Any]) -> None:
+    peaks = {row["set_up"]: row["peak_bytes"] for row in backends_report["rows"]}
+    assert peaks["MLX, checkpointed"] < peaks["MLX"]
+    assert peaks["MLX, large vocabulary"] < peaks["mlx-lm, large vocabulary"]
+    assert peaks["MLX, deep fast [1, 2, 4]"] < peaks["MLX, deep fast [1, 2, 4], accumulate"]
+
+
+def test_backends_tells_which_libraries_it_measured(backends_report: dict[str, Any]) -> None:
+    told = backends_report["provenance"]
+    assert {"mlx", "mlx-lm", "torch", "commit", "processor", "load_average", "load_average_after"} <= set(told)
+
+
+@pytest.mark.parametrize(("loss", "tokens"), [(1.0002, 10), (1.0, 11)])
+def test_backends_times_nothing_where_a_trainer_begins_with_another_loss(loss: float, tokens: int) -> None:
+    code = (
+        "import backends\n"
+        "seen = {contender.name: (1.0, 10) for contender in backends.CONTENDERS}\n"
+        "backends.check_same_loss(seen)\n"
+        f"backends.check_same_loss(seen | {{'MLX, checkpointed': ({loss}, {tokens})}})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=BENCHMARKS, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"MLX, checkpointed begins with a loss of {loss} over {tokens} tokens")
