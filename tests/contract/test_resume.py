@@ -17,7 +17,7 @@ from nestune.tiers.schedule import TierSchedule
 from tests.contract.conftest import configuration, random_batch, tier_map_for
 
 # The backend that saves, and the one that goes on.
-PAIRS = [("torch", "torch")]
+PAIRS = [("torch", "torch"), ("mlx", "mlx"), ("mlx", "torch"), ("torch", "mlx")]
 PERIODS = (1, 2, 4)
 # In the middle of the slowest tier's window, which is steps 5 to 8.
 STOP, STEPS, RATE = 6, 12, 1e-3
@@ -65,6 +65,9 @@ def test_a_training_that_goes_on_ends_as_an_unbroken_one(
         pytest.importorskip(name)
     saving, loading = pair
     same = saving == loading
+    if not same and strategy == "stacked":
+        pytest.skip("each backend goes on with parts of matrices; that they agree on them needs no pair")
+    stop, steps = (STOP, STEPS) if same else (STOP + 16, STEPS + 30)
     blocks: dict[str, Any] = {
         # What dropout leaves out is drawn by each framework's own generator.
         "lora": LORA | {"dropout": 0.1 if same else 0.0},
@@ -72,18 +75,18 @@ def test_a_training_that_goes_on_ends_as_an_unbroken_one(
         "training": {"optimizer": optimizer, "weight_decay": 0.01, "seed": 3},
     }
     first, second = prepare(saving, **blocks), prepare(loading, **blocks)
-    losses = train(first, range(1, STOP + 1))
+    losses = train(first, range(1, stop + 1))
     save(first, tmp_path / "checkpoint")
     second.load_adapter(tmp_path / "checkpoint")
     second.restore_training(read_training_state(tmp_path / "checkpoint"))
-    losses += train(second, range(STOP + 1, STEPS + 1))
+    losses += train(second, range(stop + 1, steps + 1))
     state = save(second, tmp_path / "resumed")
-    assert second.training_state().updates == (12, 6, 3)
+    assert second.training_state().updates == tuple(steps // period for period in PERIODS)
 
     for name in sorted(set(pair)):
         unbroken = prepare(name, **blocks)
         before = unbroken.weights()
-        expected = train(unbroken, range(1, STEPS + 1))
+        expected = train(unbroken, range(1, steps + 1))
         if same:
             assert losses == expected
             assert bits(second) == bits(unbroken)

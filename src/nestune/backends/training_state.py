@@ -97,9 +97,27 @@ def check_fits(state: TrainingState, ours: TrainingState, shapes: Mapping[str, t
             for key, array in state.arrays.items()
             if expected.get(key.rpartition("/")[0]) != array.shape
         ]
+        faults += _missing(state)
     if faults:
         lines = ["the training state does not fit:", *faults, "Go on with the configuration it was saved with."]
         raise ConfigError("\n  ".join(lines))
+
+
+def _missing(state: TrainingState) -> list[str]:
+    """The tiers whose counts tell of arrays that the state does not hold."""
+    moments: tuple[What, ...] = () if state.optimizer == "sgd" else ("first_moment", "second_moment")
+    faults = []
+    for tier, period in enumerate(state.update_every):
+        told = list(moments) if state.updates[tier] else []
+        if state.inactive_gradients == "accumulate" and state.window_steps[tier] and period is not None:
+            told.append("window")
+        names = {name for name, of in state.tier_of.items() if of == tier}
+        faults += [
+            f"its counts tell of a {what} of tier {tier}, which it does not hold"
+            for what in told
+            if not names & state.of(what).keys()
+        ]
+    return faults
 
 
 def _shape(name: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:

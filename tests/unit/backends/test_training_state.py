@@ -34,8 +34,10 @@ OURS = TrainingState(
     window_steps=(0, 1, 7),
     arrays={
         f"{NAME}_a/first_moment": np.ones((4, 6), np.float32),
+        f"{NAME}_a/second_moment": np.ones((4, 6), np.float32),
+        f"{NAME}_b[0:1]/first_moment": np.ones((8, 1), np.float32),
+        f"{NAME}_b[0:1]/second_moment": np.ones((8, 1), np.float32),
         f"{NAME}_b[0:1]/window": np.ones((8, 1), np.float32),
-        f"{NAME}_b[1:4]/second_moment": np.ones((8, 3), np.float32),
     },
 )
 
@@ -96,8 +98,8 @@ def test_the_same_state_gives_the_same_bytes_in_whatever_order_it_was_put_togeth
 
 def test_arrays_of_one_kind_by_the_names_of_the_tier_map() -> None:
     assert list(OURS.of("window")) == [f"{NAME}_b[0:1]"]
-    assert list(OURS.of("first_moment")) == [f"{NAME}_a"]
-    assert list(OURS.of("second_moment")) == [f"{NAME}_b[1:4]"]
+    assert list(OURS.of("first_moment")) == [f"{NAME}_a", f"{NAME}_b[0:1]"]
+    assert list(OURS.of("second_moment")) == [f"{NAME}_a", f"{NAME}_b[0:1]"]
 
 
 def test_a_folder_without_a_state_is_refused_with_what_to_do(tmp_path: Path) -> None:
@@ -140,6 +142,19 @@ def test_any_tool_can_read_the_arrays(tmp_path: Path) -> None:
 def test_a_state_of_the_same_training_fits() -> None:
     check_fits(OURS, replace(OURS, steps=0, updates=(0, 0, 0), window_steps=(0, 0, 0), arrays={}), SHAPES)
     check_fits(replace(OURS, tier_of=dict(reversed(OURS.tier_of.items()))), OURS, SHAPES)
+
+
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [
+        (f"{NAME}_a/second_moment", "its counts tell of a second_moment of tier 0, which it does not hold"),
+        (f"{NAME}_b[0:1]/window", "its counts tell of a window of tier 1, which it does not hold"),
+    ],
+)
+def test_what_the_counts_tell_of_must_be_there(key: str, told: str) -> None:
+    arrays = {name: array for name, array in OURS.arrays.items() if name != key}
+    with pytest.raises(ConfigError, match=told):
+        check_fits(replace(OURS, arrays=arrays), OURS, SHAPES)
 
 
 def test_all_that_does_not_fit_is_told_at_once() -> None:
