@@ -83,7 +83,7 @@ class Task:
 # The loss of a step, in nats per supervised token, and how many of these it had.
 Step = Callable[[frozenset[int]], tuple[float, int]]
 
-MLX_LM, PLAIN, LARGE = "mlx-lm", "MLX", "mlx-lm, large vocabulary"
+MLX_LM, PLAIN, LARGE = "mlx-lm", "MLX", "mlx-lm, large"
 MLX_LM_CHECKPOINTED = "mlx-lm, checkpointed"
 
 
@@ -103,7 +103,7 @@ CONTENDERS = (
     Contender(MLX_LM_CHECKPOINTED, bars=against(MLX_LM), training=CHECKPOINTED, trainer="mlx-lm"),
     Contender("MLX, checkpointed", bars=against(MLX_LM_CHECKPOINTED), training=CHECKPOINTED),
     Contender(LARGE, bars=against(MLX_LM), trainer="mlx-lm", large=True),
-    Contender("MLX, large vocabulary", bars=against(LARGE), large=True),
+    Contender("MLX, large", bars=against(LARGE), large=True),
 )
 
 

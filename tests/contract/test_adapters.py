@@ -311,6 +311,14 @@ def test_a_target_that_matches_nothing_is_refused_with_the_known_modules(make: M
         make(lora={"targets": [*others, "nothing_like_it"]})
 
 
+def test_a_rank_that_no_weight_can_have_is_refused_before_memory_is_taken(make: MakeBackend) -> None:
+    with pytest.raises(ConfigError, match=r"lora\.rank is 1000000000, .* a higher rank than 96\. Set it to 96 or less"):
+        make(lora={"rank": 1_000_000_000})
+    with pytest.raises(ConfigError, match=r"lora\.rank is 97,"):
+        make(lora={"rank": 97})
+    assert make(lora={"rank": 96, "targets": ["q_proj"]}).lora_parameters()[0].rank == 96
+
+
 def test_a_target_outside_of_the_layers_is_refused(make: MakeBackend, tmp_path: Path) -> None:
     # With a head of its own, which a head that is tied to the embeddings is not for every library.
     base = shutil.copytree(BASE, tmp_path / "base")

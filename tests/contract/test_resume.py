@@ -208,6 +208,8 @@ def test_a_file_that_is_missing_or_broken_is_refused_with_what_to_do(
     (tmp_path / FILE).unlink()
     if damaged is not None:
         (tmp_path / FILE).write_bytes(damaged)
-    with pytest.raises(RunError, match=rf"{told}.*Go on from another checkpoint, or train anew\.") as refusal:
+    with pytest.raises(
+        RunError, match=rf"{told}.*Delete that folder to go on from the checkpoint before it, or train anew\."
+    ) as refusal:
         read_training_state(tmp_path)
     assert FILE in str(refusal.value)

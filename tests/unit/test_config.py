@@ -98,6 +98,7 @@ def test_a_fault_names_what_is_allowed(written: Path, override: str, expected: s
         ("data.retention={a-b.c: no.jsonl}", "data.retention.a-b.c.0: there is no file"),
         ("lora.targets=3", "lora.targets: must be 'all-linear', or a list"),
         ("lora.targets=[3]", "lora.targets.0: must be text"),
+        ("lora.targets=[]", "lora.targets: must name at least one module"),
         ("tiers.lr_scale=[1, fast, 1]", "tiers.lr_scale.1: must be a number"),
         ("tiers.lr_scale=[0, 1, 1]", "tiers.lr_scale.0: must be a number above 0"),
     ],

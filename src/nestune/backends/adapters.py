@@ -21,7 +21,7 @@ from nestune.backends.adapter_config import CONFIG, make_adapter_config, read_ad
 from nestune.base_model import BaseModel
 from nestune.config import LoraConfig
 from nestune.errors import ConfigError
-from nestune.runs import write_json
+from nestune.runs import write_bytes, write_json
 from nestune.tiers.parameters import LoraParameter, parse_parameter
 
 WEIGHTS = "adapter_model.safetensors"
@@ -50,7 +50,7 @@ def write_adapter(
     of its module in the model, e.g. `model.layers.3.self_attn.q_proj`; layers: how many the model has.
     The same weights give the same bytes.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     described = [parse_parameter(name, values.shape) for name, values in weights.items()]
     peft, mlx, paths = {}, {}, []
@@ -59,8 +59,8 @@ def write_adapter(
         peft[f"base_model.model.{module}.lora_{matrix.side.upper()}.weight"] = np.ascontiguousarray(values)
         mlx[f"{module}.lora_{matrix.side}"] = np.ascontiguousarray(values.T)
         paths.append(matrix.module)
-    save_file(peft, folder / WEIGHTS, metadata={"format": "pt"})
-    save_file(mlx, folder / MLX_WEIGHTS, metadata={"format": "mlx"})
+    write_bytes(folder / WEIGHTS, save(peft, metadata={"format": "pt"}))
+    write_bytes(folder / MLX_WEIGHTS, save(mlx, metadata={"format": "mlx"}))
     write_json(folder / CONFIG, make_adapter_config(paths, layers, lora, base))
 
 
@@ -208,6 +208,8 @@ def _other_targets(theirs: set[str], ours: set[str], lora: LoraConfig) -> str:
     if not theirs:
         return "it holds no LoRA matrix of a layer"
     surplus, lacking = ", ".join(sorted(theirs - ours)), ", ".join(sorted(ours - theirs))
+    if surplus and lora.targets == "all-linear":
+        return f"it adapts {surplus}, and this model has no such linear module in its layers"
     what = [f"it adapts {surplus} too"] if surplus else []
     what += [f"it does not adapt {lacking}"] if lacking else []
     asked = lora.targets if isinstance(lora.targets, str) else f"[{', '.join(lora.targets)}]"

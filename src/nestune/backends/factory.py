@@ -1,11 +1,13 @@
 """Which backend trains: the one place that knows them all, and imports none before it is asked for."""
 
+import json
 import platform
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal
 
 from nestune.backends.base import Backend
+from nestune.base_model import resolve_base
 from nestune.config import RunConfig
 from nestune.errors import ConfigError
 
@@ -27,7 +29,8 @@ class Choice:
 def choose_backend(config: RunConfig) -> Choice:
     """The backend that the configuration asks for; auto: MLX on Apple silicon, else PyTorch (CUDA, else the CPU).
 
-    Where only one of the two is installed, auto takes that. Raises ConfigError when the packages are not installed.
+    Where only one of the two is installed, or can read the base, auto takes that. Raises ConfigError when the packages
+    are not installed, or there is no such base.
     """
     asked = config.model.backend
     if asked != "auto":
@@ -41,6 +44,8 @@ def choose_backend(config: RunConfig) -> Choice:
     apple_silicon = platform.system() == "Darwin" and platform.machine() == "arm64"
     if apple_silicon and not _missing("mlx"):
         return Choice("mlx", "auto: Apple silicon")
+    if not _missing("mlx") and _quantized_by_mlx(config):
+        return Choice("mlx", "auto: the base is quantized by MLX")
     if not _missing("torch"):
         return Choice("torch", "auto: MLX is not installed" if apple_silicon else "auto: no Apple silicon")
     if not _missing("mlx"):
@@ -62,6 +67,11 @@ def make_backend(config: RunConfig) -> Backend:
     from nestune.backends.torch_backend import TorchBackend
 
     return TorchBackend(config)
+
+
+def _quantized_by_mlx(config: RunConfig) -> bool:
+    settings = (resolve_base(config.model).folder / "config.json").read_text(encoding="utf-8")
+    return "quantization" in json.loads(settings)
 
 
 def _missing(backend: str) -> list[str]:

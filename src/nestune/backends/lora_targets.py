@@ -1,27 +1,36 @@
 """Which linear modules get an adapter, the same on every backend; PEFT's rule (github.com/huggingface/peft)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
+from nestune.config import LoraConfig
 from nestune.errors import ConfigError
 
 HEADS = ("lm_head", "embed_out")
 
 
-def chosen_modules(targets: str | tuple[str, ...], linear: Sequence[str]) -> list[str]:
-    """Of the paths of a model's linear modules those that get an adapter: all but the head, or those that end so.
+def chosen_modules(lora: LoraConfig, linear: Mapping[str, int]) -> list[str]:
+    """The paths of the modules that get an adapter: all linear ones but the head, or those that end as a target does.
 
-    Raises ConfigError with every target that matches none.
+    linear: path of each linear module of the model -> the highest rank that its weight can have. Raises ConfigError
+    with every target that matches none, or when lora.rank is higher than that of every chosen module.
     """
-    if isinstance(targets, str):
-        return [path for path in linear if path.rpartition(".")[2] not in HEADS]
-    idle = [target for target in targets if not any(_is(path, target) for path in linear)]
+    targets = None if isinstance(lora.targets, str) else lora.targets
+    of_layers = [path for path in linear if path.rpartition(".")[2] not in HEADS]
+    idle = [target for target in targets or () if not any(_is(path, target) for path in linear)]
     if idle:
-        names = ", ".join(sorted({path.rpartition(".")[2] for path in linear}))
+        names = ", ".join(sorted({path.rpartition(".")[2] for path in of_layers}))
         raise ConfigError(
-            f"lora.targets is {list(targets)!r}: no linear module is called {', '.join(idle)}. "
+            f"lora.targets is {list(targets or ())!r}: no linear module is called {', '.join(idle)}. "
             f"Linear modules here: {names}."
         )
-    return [path for path in linear if any(_is(path, target) for target in targets)]
+    chosen = of_layers if targets is None else [path for path in linear if any(_is(path, name) for name in targets)]
+    highest = max((linear[path] for path in chosen), default=lora.rank)
+    if lora.rank > highest:
+        raise ConfigError(
+            f"lora.rank is {lora.rank}, and no weight that gets an adapter has a higher rank than {highest}. "
+            f"Set it to {highest} or less; 4 to 64 is usual."
+        )
+    return chosen
 
 
 def _is(path: str, target: str) -> bool:

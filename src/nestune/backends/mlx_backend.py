@@ -1,6 +1,7 @@
 """Training on MLX (Apple silicon, or CPU): mlx-lm holds the base, `mlx.optimizers` make the updates."""
 
 import json
+import logging
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,6 +29,8 @@ from nestune.data.batches import Batch
 from nestune.data.tokens import load_tokenizer
 from nestune.errors import ConfigError, DivergedError, RunError
 from nestune.tiers.parameters import LoraParameter
+
+log = logging.getLogger(__name__)
 
 # Elements of a block of logits; 128 MiB in float32, 220 positions of a vocabulary of 152,000.
 LOGITS_AT_ONCE = 2**25
@@ -235,12 +238,20 @@ class MlxBackend:
 def _load_base(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     """The base model and its settings; raises ConfigError when mlx-lm cannot load it."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    told = mlx_arguments(config)
+    if "rope_theta" in told:
+        log.warning(
+            "%s/config.json has rope_theta in rope_parameters only, where mlx-lm does not look. nestune tells it; "
+            "mlx_lm.load of that folder computes something else, with and without an adapter. To use it so, write "
+            "rope_theta at the top level too before training: an adapter is bound to its base's files.",
+            folder,
+        )
     try:
-        model, settings = load_model(folder, model_config=mlx_arguments(config))
+        model, settings = load_model(folder, model_config=told)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         method = (config.get("quantization_config") or {}).get("quant_method")
         quantized = f", quantized by {method}" if method else ""
-        first_line = str(error).strip().partition("\n")[0]
+        first_line = str(error).strip().partition("\n")[0].rstrip(".?")
         raise ConfigError(
             f"model.base: mlx-lm does not load the model in {folder}{quantized}: {first_line}. Take another copy, a "
             "model that mlx-lm knows, or model.backend: torch."

@@ -30,9 +30,7 @@ class LoraLinear(nn.Module):
 
     def __init__(self, linear: nn.Module, lora: LoraConfig) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        outputs, inputs = linear.weight.shape
-        if isinstance(linear, nn.QuantizedLinear):
-            inputs = linear.scales.shape[-1] * linear.group_size
+        outputs, inputs = _shape(linear)
         self.linear = linear
         self.lora_a = mx.zeros((inputs, lora.rank))
         self.lora_b = mx.zeros((lora.rank, outputs))
@@ -92,7 +90,7 @@ def add_lora(model: nn.Module, lora: LoraConfig) -> list[LoraMatrix]:
     """
     model.freeze()
     linear = {path: module for path, module in _modules(model) if isinstance(module, _LINEAR)}
-    chosen = chosen_modules(lora.targets, list(linear))
+    chosen = chosen_modules(lora, {path: min(_shape(module)) for path, module in linear.items()})
     outside = [path for path in chosen if parse_parameter(f"{path}.lora_a", ()) is None]
     if outside:
         raise ConfigError(
@@ -145,6 +143,12 @@ def mlx_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _LINEAR = (nn.Linear, nn.QuantizedLinear)
+
+
+def _shape(linear: Any) -> tuple[int, int]:
+    """(outputs, inputs) of a linear module, quantized or not."""
+    outputs, inputs = linear.weight.shape
+    return outputs, linear.scales.shape[-1] * linear.group_size if isinstance(linear, nn.QuantizedLinear) else inputs
 
 
 def _modules(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -283,7 +283,7 @@ def _load_base(folder: Path, dtype: Any) -> Any:
     try:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     except (SafetensorError, ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
-        first_line = str(error).strip().partition("\n")[0]
+        first_line = str(error).strip().partition("\n")[0].rstrip(".?")
         raise ConfigError(
             f"model.base: the model in {folder} does not load: {first_line}. Take another copy."
         ) from error
@@ -291,8 +291,8 @@ def _load_base(folder: Path, dtype: Any) -> Any:
 
 def _add_lora(causal: Any, config: RunConfig) -> PeftModel:
     """Freeze the base and give its linear modules an adapter; raises ConfigError when a target matches nothing."""
-    linear = [name for name, module in causal.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
-    chosen_modules(config.lora.targets, linear)
+    linear = {name: module for name, module in causal.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    chosen_modules(config.lora, {name: _highest_rank(module) for name, module in linear.items()})
     targets = config.lora.targets if isinstance(config.lora.targets, str) else list(config.lora.targets)
     peft_config = PeftLoraConfig(
         task_type="CAUSAL_LM",
@@ -307,6 +307,12 @@ def _add_lora(causal: Any, config: RunConfig) -> PeftModel:
         model = get_peft_model(causal, peft_config)
     assert isinstance(model, PeftModel)
     return model
+
+
+def _highest_rank(linear: Any) -> int:
+    """That of a weight (outputs x inputs), whatever a quantized one is stored as."""
+    sizes = linear.weight.shape if isinstance(linear, Conv1D) else (linear.in_features, linear.out_features)
+    return int(min(sizes))
 
 
 def _checkpoint_activations(causal: Any) -> None:

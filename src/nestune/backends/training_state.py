@@ -60,7 +60,7 @@ def read_training_state(folder: Path) -> TrainingState:
     """The state in a folder; raises RunError when it is missing or broken."""
     from safetensors import SafetensorError, safe_open
 
-    remedy = "Go on from another checkpoint, or train anew."
+    remedy = "Delete that folder to go on from the checkpoint before it, or train anew."
     try:
         with safe_open(folder / FILE, framework="numpy") as file:
             header = json.loads(file.metadata()[HEADER])

@@ -66,7 +66,10 @@ class LoraConfig(Strict):
     @field_validator("targets", mode="before")
     @classmethod
     def _one_or_more(cls, value: object) -> object:
-        return value if value == "all-linear" else as_tuple(value)
+        names = value if value == "all-linear" else as_tuple(value)
+        if not names:
+            raise ValueError("must name at least one module, e.g. [q_proj, v_proj], or be all-linear")
+        return names
 
 
 class DataConfig(Strict):

@@ -13,7 +13,7 @@ from nestune.backends.training_state import write_training_state
 from nestune.base_model import BaseModel
 from nestune.config import RunConfig
 from nestune.errors import ConfigError, RunError
-from nestune.runs import RunPaths, read_json, replaced_folder, write_json
+from nestune.runs import RunPaths, read_json, replaced_folder, sha256_file, write_json
 from nestune.training.stopping import BestLoss
 
 FINAL = "final"
@@ -62,6 +62,7 @@ class Checkpoints:
             write_training_state(folder, state)
             metadata = {
                 "step": state.steps,
+                "sha256": {path.name: sha256_file(path) for path in sorted(folder.iterdir())},
                 **best.state(),
                 "base": {
                     "reference": self._base.reference,
@@ -101,15 +102,17 @@ def newest_checkpoint(run: RunPaths, keys: Sequence[str] = ("config",)) -> Check
 def checkpoint_to_go_on_from(config: RunConfig, run: RunPaths) -> Checkpoint:
     """The newest checkpoint of a run, when training can go on from there as configured.
 
-    Raises RunError when there is none; ConfigError when what shapes training is configured otherwise than it was, but
-    for the backend, more steps, and what changes no weight.
+    Raises RunError when there is none, or its files are not those that were saved; ConfigError when what shapes
+    training is configured otherwise than it was, but for the backend, more steps, and what changes no weight.
     """
-    newest = newest_checkpoint(run, keys=["config", "data_sha256", "tier_statistics", "backend", *BestLoss.STATE])
+    keys = ["config", "sha256", "data_sha256", "tier_statistics", "backend", *BestLoss.STATE]
+    newest = newest_checkpoint(run, keys)
     if newest is None:
         raise RunError(
             f"there is no checkpoint in {run.checkpoints} to go on from. Run nestune train --name {config.name} "
             "without --resume."
         )
+    _check_files(newest)
     faults = [
         f"{key} was {was!r}, now {now!r}"
         for key, (was, now) in _differing(newest, config, NO_PART_OF_TRAINING | MAY_CHANGE_ON_THE_WAY).items()
@@ -123,6 +126,20 @@ def checkpoint_to_go_on_from(config: RunConfig, run: RunPaths) -> Checkpoint:
         remedy = f"On the way only {may_change} may change. Set the others back, or train under another --name."
         raise ConfigError("\n  ".join([*lines, remedy]))
     return newest
+
+
+def _check_files(checkpoint: Checkpoint) -> None:
+    """Raise RunError unless a checkpoint's files are those that were saved together."""
+    saved: Mapping[str, str] = checkpoint.metadata["sha256"]
+    paths = [checkpoint.folder / name for name in saved]
+    missing = [path.name for path in paths if not path.is_file()]
+    changed = [path.name for path in paths if path.is_file() and sha256_file(path) != saved[path.name]]
+    faults = [f"{', '.join(missing)} missing"] * bool(missing) + [f"{', '.join(changed)} changed"] * bool(changed)
+    if faults:
+        raise RunError(
+            f"{checkpoint.folder} is not as it was saved after step {checkpoint.step}: {'; '.join(faults)}. Restore "
+            "it, or delete that folder to go on from the checkpoint before it."
+        )
 
 
 def refuse_other_checkpoints(config: RunConfig, run: RunPaths) -> None:

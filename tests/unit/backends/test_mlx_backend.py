@@ -14,7 +14,7 @@ from small_bases import write_base
 from tests.contract.conftest import BASE, configuration, random_batch
 
 from nestune.backends.mlx_backend import MlxBackend, _arrays, _padded
-from nestune.backends.mlx_lora import LoraLinear
+from nestune.backends.mlx_lora import LoraLinear, parameters_of
 from nestune.config import LoraConfig
 from nestune.data.batches import Batch
 from nestune.errors import RunError
@@ -207,6 +207,28 @@ def test_an_answer_ends_at_every_end_token_of_the_base(tmp_path: Path) -> None:
     plain = prepared()
     plain._end_ids = [2, answer[1]]
     assert plain.generate([prompt], 12) == [answer[: answer.index(answer[1])]]
+
+
+@pytest.mark.parametrize(
+    ("block", "expected"),
+    [
+        ({}, mx.float32),
+        ({"training": {"precision": "bfloat16"}}, mx.bfloat16),
+        ({"model": {"base": str(BASE), "backend": "mlx", "dtype": "bfloat16"}}, mx.bfloat16),
+    ],
+    ids=["as stored", "precision", "dtype"],
+)
+def test_the_base_and_activations_have_the_configured_type_and_the_adapter_is_float32(
+    block: dict[str, Any], expected: mx.Dtype
+) -> None:
+    backend = prepared(**block)
+    parameters = parameters_of(backend._model, frozen_too=True)
+    lora = parameters_of(backend._model)
+    assert {values.dtype for name, values in parameters.items() if name not in lora} == {expected}
+    assert {values.dtype for values in lora.values()} == {mx.float32}
+    assert backend._body(mx.array([[1, 2]])).dtype == expected
+    backend.train_step([random_batch(1)], ALL, 1e-3)
+    assert {values.dtype for values in parameters_of(backend._model).values()} == {mx.float32}
 
 
 def test_weights_are_a_copy() -> None:

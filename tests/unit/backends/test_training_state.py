@@ -103,7 +103,7 @@ def test_arrays_of_one_kind_by_the_names_of_the_tier_map() -> None:
 
 
 def test_a_folder_without_a_state_is_refused_with_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=rf"there is no .*{FILE}.*another checkpoint"):
+    with pytest.raises(RunError, match=rf"there is no .*{FILE}.*the checkpoint before it"):
         read_training_state(tmp_path)
 
 
@@ -112,7 +112,7 @@ def test_a_truncated_file_is_refused_with_what_to_do(kept: int, tmp_path: Path) 
     write_training_state(tmp_path, OURS)
     whole = (tmp_path / FILE).read_bytes()
     (tmp_path / FILE).write_bytes(whole[:kept])
-    with pytest.raises(RunError, match=rf"{FILE} is broken: .*another checkpoint"):
+    with pytest.raises(RunError, match=rf"{FILE} is broken: .*the checkpoint before it"):
         read_training_state(tmp_path)
 
 
@@ -130,7 +130,7 @@ def test_a_truncated_file_is_refused_with_what_to_do(kept: int, tmp_path: Path) 
 )
 def test_tensors_of_something_else_are_refused_with_what_to_do(header: dict[str, str] | None, tmp_path: Path) -> None:
     (tmp_path / FILE).write_bytes(save({"weight": np.ones((2, 2), np.float32)}, metadata=header))
-    with pytest.raises(RunError, match=rf"{FILE} is broken: .*another checkpoint"):
+    with pytest.raises(RunError, match=rf"{FILE} is broken: .*the checkpoint before it"):
         read_training_state(tmp_path)
 
 

@@ -9,7 +9,7 @@ from tests.contract.conftest import configuration
 
 from nestune.config import RunConfig
 from nestune.errors import ConfigError, RunError
-from nestune.runs import RunPaths, write_json
+from nestune.runs import RunPaths, sha256_file, write_bytes, write_json
 from nestune.training.checkpoints import (
     check_trained,
     checkpoint_to_go_on_from,
@@ -45,8 +45,11 @@ def write(run: RunPaths, name: str, step: int, **changed: Any) -> None:
     for path, value in changed.items():
         block, _, key = path.partition("__")
         config[block][key] = value
+    weights = run.checkpoints / name / "weights"
+    write_bytes(weights, name.encode())
+    hashes = {"weights": sha256_file(weights)}
     metadata = {"step": step, "data_sha256": "0", "tier_statistics": {}, "backend": "torch", "config": config}
-    write_json(run.checkpoints / name / "metadata.json", metadata | BestLoss(None).state())
+    write_json(run.checkpoints / name / "metadata.json", metadata | {"sha256": hashes} | BestLoss(None).state())
 
 
 def refused(check: Any, run: RunPaths, config: RunConfig = CONFIG) -> bool:
@@ -98,6 +101,20 @@ def test_each_setting_that_shapes_training_may_be_another_only_where_that_change
     assert refused(refuse_other_checkpoints, run) == (key != "data.retention")
     # What one backend has trained another evaluates.
     assert refused(check_trained, run) == (key not in ("data.retention", "model.backend"))
+
+
+@pytest.mark.parametrize(("left", "told"), [(b"of another run", "weights changed"), (None, "weights missing")])
+def test_files_that_are_not_those_that_were_saved_are_not_gone_on_from(
+    run: RunPaths, left: bytes | None, told: str
+) -> None:
+    write(run, "checkpoint_0000004", 4)
+    write(run, "final", 8)
+    weights = run.checkpoints / "final" / "weights"
+    weights.unlink()
+    if left is not None:
+        weights.write_bytes(left)
+    with pytest.raises(RunError, match=rf"final is not as it was saved after step 8: {told}\. .*delete that folder"):
+        checkpoint_to_go_on_from(CONFIG, run)
 
 
 def test_all_that_differs_is_told_with_its_values(run: RunPaths) -> None:
