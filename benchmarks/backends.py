@@ -7,8 +7,9 @@ it, and mlx-lm's own `default_loss` tells what is supervised, the second half of
 it. Everyone starts from the same adapter folder; unless all then find the same loss, nothing is timed. Nestune clips
 gradients and corrects Adam's bias, as it does by default, and mlx-lm does not; nothing is taken off for it. Times and
 ratios are made as in tier_cost.py. A step of mlx-lm and one of [1, 1, 1] learn from the same tokens, so the ratio of
-their times is that of their times per supervised token, and the bar is held against it. Memory is the exact peak of
-arrays, of each alone, over steps of every kind. Exits with 1 when a bar is missed, but for --smoke.
+their times is that of their times per supervised token, and the bar is held against it. Memory is the peak of arrays,
+of each alone, over steps of every kind; MLX frees in a thread of its own, so that it varies by some percent between
+runs where arrays are small. Exits with 1 when a bar is missed, but for --smoke.
 """
 
 import argparse
@@ -352,7 +353,7 @@ def show(measured: Mapping[str, Any]) -> None:
             "paired: the ratio within a round, over rounds. ms a token: of each supervised one.",
             "MLX and torch: nestune's backends, [1, 1, 1] where nothing else is said. mlx-lm has no tiers.",
             f"Vocabulary: {measured['vocabularies'][0]:,}; large: {measured['vocabularies'][1]:,}.",
-            f"Seconds of the {measured['clock']} clock. MiB: exact peak of arrays, the model's weights included.",
+            f"Seconds of the {measured['clock']} clock. MiB: peak of arrays, the model's weights included.",
             f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} used, "
             + ", ".join(f"{package} {machine[package]}" for package in ("mlx", "mlx-lm", "torch"))
             + f", load average {machine['load_average'][0]} before, {machine['load_average_after'][0]} after.",
