@@ -32,18 +32,25 @@ def prepared(base: Path = BASE, policy: str = "drop", **blocks: Any) -> MlxBacke
     return backend
 
 
-def matrix_products(backend: MlxBackend, due: set[int], tmp_path: Path) -> int:
-    """How many the graph of a step's loss and gradients has."""
+def lazy_step(backend: MlxBackend, due: set[int]) -> tuple[mx.array, dict[str, mx.array]]:
+    """A step's loss and gradients, not computed yet."""
     assert backend._optimizer is not None
     needed = backend._optimizer.needs(frozenset(due))
     arrays = _arrays(random_batch(1))
-    mx.disable_compile()
-    step = backend._compile(needed, tuple(array.shape for array in arrays))
-    mx.enable_compile()
+    backend._switch(training=True)
     differentiated = {name: backend._matrices[name] for name in needed}
     fixed = {name: matrix for name, matrix in backend._matrices.items() if name not in needed}
-    loss, gradients = step(differentiated, fixed, mx.random.key(0), *arrays, mx.array(1.0))
-    assert gradients.keys() == needed
+    step = backend._compile(needed, tuple(array.shape for array in arrays))
+    mx.disable_compile()
+    try:
+        return step(differentiated, fixed, mx.random.key(0), *arrays, mx.array(1.0))
+    finally:
+        mx.enable_compile()
+
+
+def matrix_products(backend: MlxBackend, due: set[int], tmp_path: Path) -> int:
+    """How many the graph of a step's loss and gradients has."""
+    loss, gradients = lazy_step(backend, due)
     mx.export_to_dot(str(tmp_path / "graph.dot"), loss, *gradients.values())
     return Counter(re.findall(r'label *= *"([^"]+)"', (tmp_path / "graph.dot").read_text()))["Matmul"]
 
@@ -65,8 +72,8 @@ def test_layers_above_it_that_are_not_due_make_no_gradient_of_their_own(checkpoi
     tiers = {"strategy": "layer_depth", "inactive_gradients": "drop"}
     backend = prepared(tiers=tiers, training={"gradient_checkpointing": checkpointing})
     fast, faster, every = (matrix_products(backend, due, tmp_path) for due in ({0}, {0, 1}, {0, 1, 2}))
-    # Two of each of seven modules in each of two layers.
-    assert every - faster == faster - fast == 2 * 7 * 2
+    # In each of two layers two of each of seven modules; computed again, also the last one's x A, which only B needs.
+    assert every - faster == faster - fast == 2 * (2 * 7 + checkpointing)
 
 
 def test_under_drop_only_due_matrices_are_differentiated_and_moved() -> None:
@@ -146,15 +153,22 @@ def test_memory_does_not_grow_over_five_hundred_steps(policy: str, tmp_path: Pat
     assert peaks[-1] <= 1.02 * peaks[0]
 
 
-def peak_of_a_step(base: Path, **training: Any) -> int:
+def peak_of_a_step(base: Path, micro_batches: int = 1, **training: Any) -> int:
     backend = prepared(base, training=training)
-    batch = random_batch(1, rows=8, width=65)
-    backend.train_step([batch], ALL, 1e-3)
+    step = [random_batch(1, rows=8, width=65)] * micro_batches
+    backend.train_step(step, ALL, 1e-3)
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    backend.train_step([batch], ALL, 1e-3)
+    backend.train_step(step, ALL, 1e-3)
     return mx.get_peak_memory() - before
+
+
+def test_a_step_of_many_micro_batches_takes_the_memory_of_one(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "llama")
+    one, many = peak_of_a_step(base), peak_of_a_step(base, micro_batches=8)
+    print(f"bytes of 1 and of 8 micro-batches: {one}, {many}")
+    assert many < 1.2 * one
 
 
 def test_checkpointing_takes_less_memory_the_more_layers_there_are(tmp_path: Path) -> None:
@@ -188,6 +202,40 @@ def test_an_update_that_does_not_reach_the_model_ends_training() -> None:
         backend.train_step([random_batch(2)], frozenset({0, 1}), 1e-3)
 
 
+def test_every_module_draws_its_own_dropout() -> None:
+    backend = prepared(lora={"dropout": 0.5})
+    lazy_step(backend, {0, 1, 2})
+    keys = {np.array(module._key).tobytes() for module in backend._modules}
+    assert len(keys) == len(backend._modules) == 6 * 7
+
+
+def test_every_micro_batch_of_every_step_draws_its_own_dropout() -> None:
+    backend, keys = prepared(lora={"dropout": 0.5}), []
+    compiled = backend._compiled
+
+    def watched(*of_what: Any) -> Any:
+        def step(differentiated: Any, fixed: Any, key: mx.array, *batch: mx.array) -> Any:
+            keys.append(np.array(key).tobytes())
+            return compiled(*of_what)(differentiated, fixed, key, *batch)
+
+        return step
+
+    backend._compiled = watched  # type: ignore[assignment]
+    for _ in range(3):
+        backend.train_step([random_batch(1), random_batch(1)], frozenset({0}), 1e-3)
+    assert len(set(keys)) == len(keys) == 6
+
+
+def test_importance_is_that_of_the_gradients_of_training_dropout_included() -> None:
+    backend = prepared(lora={"dropout": 0.5}, training={"optimizer": "sgd", "max_grad_norm": None})
+    micro_batches = [random_batch(1), random_batch(2)]
+    measured = backend.measure_importance([micro_batches], "gradient")
+    backend.train_step(micro_batches, ALL, 1.0)
+    # B was zero, and is minus its gradient now.
+    moved = {name: np.abs(values).mean() for name, values in backend.weights().items() if name.endswith("lora_b")}
+    assert {name: measured[name] for name in moved} == pytest.approx(moved, rel=1e-5)
+
+
 def test_activations_that_overflow_end_training_although_the_loss_is_finite(tmp_path: Path) -> None:
     backend = prepared()
     for name, matrix in backend._matrices.items():
@@ -197,16 +245,19 @@ def test_activations_that_overflow_end_training_although_the_loss_is_finite(tmp_
         backend.train_step([random_batch(1)], ALL, 1e-3)
 
 
-def test_an_answer_ends_at_every_end_token_of_the_base(tmp_path: Path) -> None:
-    prompt = list(range(10, 30))
-    answer = prepared().generate([prompt], 12)[0]
-    assert len(answer) > 1
-    base = write_base(tmp_path / "base", "llama")
-    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 77]}))
+@pytest.mark.parametrize("of_base", [77, [77], [77, 2]])
+def test_an_answer_ends_at_every_end_token_of_base_and_tokenizer(of_base: int | list[int], tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "llama", num_hidden_layers=1)
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": of_base}))
     assert MlxBackend(configuration("mlx", base=base))._end_ids == [2, 77]
-    plain = prepared()
-    plain._end_ids = [2, answer[1]]
-    assert plain.generate([prompt], 12) == [answer[: answer.index(answer[1])]]
+
+
+def test_an_answer_is_cut_before_its_first_end_token() -> None:
+    backend, prompt = prepared(), list(range(10, 30))
+    answer = backend.generate([prompt], 12)[0]
+    assert len(answer) > 1
+    backend._end_ids = [2, answer[1]]
+    assert backend.generate([prompt], 12) == [answer[: answer.index(answer[1])]]
 
 
 @pytest.mark.parametrize(
