@@ -174,6 +174,9 @@ def make_task(shape: Shape, folder: Path) -> Task:
 
     base, adapter = folder / "base", folder / "adapter"
     write_random_base(shape, base)
+    settings = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    # Where mlx-lm looks for it.
+    write_json(base / "config.json", settings | {"rope_theta": settings["rope_parameters"]["rope_theta"]})
     adapter.mkdir()
     generator = np.random.default_rng(0)
     rows = [
@@ -236,10 +239,7 @@ def step_of_mlx_lm(contender: Contender, task: Task) -> Step:
     from mlx_lm.tuner.utils import load_adapters
     from mlx_lm.utils import load_model
 
-    from nestune.backends.mlx_lora import mlx_arguments
-
-    settings = json.loads((task.base / "config.json").read_text(encoding="utf-8"))
-    model: Any = load_model(task.base, model_config=mlx_arguments(settings))[0]
+    model: Any = load_model(task.base)[0]
     model.freeze()
     # Makes the layers by linear_to_lora_layers, as the adapter's settings say.
     load_adapters(model, str(task.adapter))
