@@ -37,7 +37,7 @@ from nestune.backends.mlx_blas import load_fast_blas
 from nestune.base_model import resolve_base
 from nestune.config import RunConfig, parse_config
 from nestune.data.batches import Batch
-from nestune.runs import write_json
+from nestune.files import write_json
 from nestune.tiers.tier_map import assign_tiers
 from random_model import Shape, write_random_base
 from report import load_average, print_table, provenance

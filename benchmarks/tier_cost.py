@@ -35,7 +35,7 @@ from memory import peak_bytes
 from nestune.backends.factory import make_backend
 from nestune.config import parse_config
 from nestune.data.batches import Batch
-from nestune.runs import write_json
+from nestune.files import write_json
 from nestune.tiers.schedule import TierSchedule
 from nestune.tiers.tier_map import assign_tiers
 from random_model import Shape, random_batch, write_random_base

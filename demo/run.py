@@ -18,7 +18,8 @@ from flows.retrain import behave_on_a_terminal, retrain
 
 from nestune.cli import exit_code_of
 from nestune.config import RunConfig, load_config
-from nestune.runs import RunPaths, read_json
+from nestune.files import read_json
+from nestune.runs import RunPaths
 from world import write_world
 
 DATA = Path("data")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nestune.config import ModelConfig
 from nestune.errors import ConfigError
-from nestune.runs import sha256_files
+from nestune.files import sha256_files
 
 
 @dataclass(frozen=True)

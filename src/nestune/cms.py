@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from nestune.backends.tiered_optimizer import TieredOptimizer
 from nestune.errors import ConfigError, RunError
-from nestune.runs import read_json, replaced_folder, write_json
+from nestune.files import read_json, replaced_folder, write_json
 
 WEIGHTS, STATE, GROUPS = "weights.safetensors", "optimizer.safetensors", "optimizer.json"
 

@@ -8,7 +8,8 @@ from nestune.backends.adapters import METADATA
 from nestune.backends.factory import make_backend
 from nestune.base_model import resolve_base
 from nestune.config import RunConfig
-from nestune.runs import RunPaths, read_json, write_json
+from nestune.files import read_json, write_json
+from nestune.runs import RunPaths
 from tests.contract.conftest import BASE, configuration, random_batch, tier_map_for
 
 LORA = {"rank": 4, "alpha": 12, "targets": ["q_proj", "k_proj", "down_proj"]}

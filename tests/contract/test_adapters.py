@@ -20,7 +20,7 @@ from nestune.backends.base import Backend
 from nestune.base_model import resolve_base
 from nestune.config import ModelConfig
 from nestune.errors import ConfigError
-from nestune.runs import sha256_file
+from nestune.files import sha256_file
 from nestune.tiers.schedule import TierSchedule
 from tests.contract.conftest import BASE, MakeBackend, random_batch
 

@@ -24,7 +24,8 @@ from nestune.export.check import check_logits, make_reference
 from nestune.export.formats import FORMATS
 from nestune.export.job import Job
 from nestune.export.loaders import load_merged, mlx_logits
-from nestune.runs import RunPaths, read_json, write_json
+from nestune.files import read_json, write_json
+from nestune.runs import RunPaths
 from nestune.stages.export import export
 from tests.contract.conftest import configuration
 from tests.contract.exported import LORA, qwen2, random_base, train

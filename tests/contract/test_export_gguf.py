@@ -10,7 +10,8 @@ from safetensors.numpy import load_file, save_file
 from nestune.base_model import resolve_base
 from nestune.errors import ConfigError, RunError
 from nestune.export.gguf import FILE, gguf_faults
-from nestune.runs import RunPaths, read_json, write_json
+from nestune.files import read_json, write_json
+from nestune.runs import RunPaths
 from nestune.stages.export import export
 from tests.contract.conftest import BASE, configuration
 from tests.contract.exported import LORA, SHAPE, qwen2, random_base, train

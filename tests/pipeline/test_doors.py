@@ -14,7 +14,7 @@ from tests.pipeline.conftest import ROOT, Configured, run_python
 
 from nestune import cli
 from nestune.backends.adapters import adapter_files
-from nestune.runs import sha256_file
+from nestune.files import sha256_file
 
 ADAPTER = "checkpoints/final/adapter_model.safetensors"
 

@@ -16,7 +16,8 @@ from nestune.backends.factory import make_backend
 from nestune.backends.torch_backend import TorchBackend
 from nestune.config import RunConfig, parse_config
 from nestune.errors import ConfigError, RunError
-from nestune.runs import RunPaths, read_json
+from nestune.files import read_json
+from nestune.runs import RunPaths
 from nestune.stages.assign import assign, importance_behind
 from nestune.stages.evaluate import evaluate
 from nestune.stages.inputs import read_training_inputs

@@ -78,6 +78,6 @@ def test_the_manifest_names_the_hash_of_everything_that_went_in_and_came_out(run
     assert set(manifest) == {"validate", "tiers", "train"}
     written = manifest["train"]["outputs"]
     assert "runs/published/checkpoints/best/adapter_model.safetensors" in written
-    from nestune.runs import sha256_file
+    from nestune.files import sha256_file
 
     assert {path: sha256_file(Path(path)) for path in written} == written

@@ -9,7 +9,7 @@ import pytest
 from tests.pipeline.conftest import Configured
 
 from nestune import cli
-from nestune.runs import sha256_file
+from nestune.files import sha256_file
 
 # Gradients of open windows, dropout and replayed rows: all that a training must remember or draw anew.
 BLOCKS: dict[str, dict[str, Any]] = {

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from tests.pipeline.conftest import Configured
 
 from nestune import cli
-from nestune.runs import sha256_file
+from nestune.files import sha256_file
 
 RUN = Path("runs/demo-nestune")
 

@@ -7,18 +7,17 @@ from pathlib import Path
 import pytest
 
 from nestune.errors import RunError
-from nestune.runs import (
-    RunPaths,
+from nestune.files import (
     continued,
     kept_until_replaced,
     read_json,
-    record_stage,
     replaced_folder,
     sha256_file,
     sha256_files,
     write_json,
     write_text,
 )
+from nestune.runs import RunPaths, record_stage
 
 
 def names(folder: Path) -> list[str]:

@@ -21,7 +21,7 @@ from nestune.backends.adapter_config import CONFIG, make_adapter_config, read_ad
 from nestune.base_model import BaseModel
 from nestune.config import LoraConfig
 from nestune.errors import ConfigError
-from nestune.runs import write_bytes, write_json
+from nestune.files import write_bytes, write_json
 from nestune.tiers.parameters import LoraParameter, parse_parameter
 
 WEIGHTS = "adapter_model.safetensors"

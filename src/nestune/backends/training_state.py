@@ -13,7 +13,7 @@ from typing import Any, Literal
 from numpy.typing import NDArray
 
 from nestune.errors import ConfigError, RunError
-from nestune.runs import write_bytes
+from nestune.files import write_bytes
 from nestune.tiers.parameters import split_name
 
 FILE = "training_state.safetensors"

@@ -9,7 +9,7 @@ from nestune.data.records import read_records
 from nestune.data.report import settings_of
 from nestune.data.tokens import Row, Tokenizer, encode_all
 from nestune.errors import Fault, RunError
-from nestune.runs import read_json, sha256_file
+from nestune.files import read_json, sha256_file
 
 REMEDY = "Run nestune validate again."
 

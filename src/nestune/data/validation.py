@@ -16,7 +16,7 @@ from nestune.data.records import Record, find_files, read_lines, read_records
 from nestune.data.report import DatasetReport, SetReport, rejected_lines, report_set, settings_of
 from nestune.data.tokens import Tokenizer, encode_all, marked_text
 from nestune.errors import DataError, Fault
-from nestune.runs import replaced_folder, sha256_file, sha256_files, write_json
+from nestune.files import replaced_folder, sha256_file, sha256_files, write_json
 
 if TYPE_CHECKING:
     import pandas

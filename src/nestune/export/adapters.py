@@ -8,7 +8,7 @@ from pathlib import Path
 from nestune.backends.adapter_config import CONFIG
 from nestune.backends.adapters import MLX_WEIGHTS, WEIGHTS
 from nestune.export.job import Job
-from nestune.runs import write_json
+from nestune.files import write_json
 
 KEYS_OF_MLX = frozenset({"fine_tune_type", "num_layers", "lora_parameters"})
 

@@ -12,7 +12,7 @@ from nestune.export.job import Job
 from nestune.export.merge import INDEX, Weights, merge, read_weights
 from nestune.export.quantization import MLX_KEYS, dequantize, float_type
 from nestune.export.tensors import write_tensors
-from nestune.runs import write_json
+from nestune.files import write_json
 
 WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"})
 # Written anew, or about the base only.

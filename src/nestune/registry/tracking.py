@@ -13,9 +13,10 @@ from pydantic import BaseModel
 
 from nestune.config import RunConfig, dump_config
 from nestune.errors import RunError, ServiceError
+from nestune.files import read_json, write_json
 from nestune.registry.connection import HTTP, connect, find_experiment, impatience, speaking_to, tracking_uri
 from nestune.registry.versions import TAG_CHARACTERS, pin_adapter
-from nestune.runs import RunPaths, read_json, write_json
+from nestune.runs import RunPaths
 
 SEND_EVERY_S = 2.0
 RETRY_EVERY_S = 60.0

@@ -13,8 +13,8 @@ from nestune.backends.adapters import METADATA, WEIGHTS, adapter_files, misfits
 from nestune.base_model import BaseModel
 from nestune.config import RegistryConfig, RunConfig
 from nestune.errors import ConfigError, RunError
+from nestune.files import read_json, sha256_file
 from nestune.registry.connection import connect, environment_defaults, speaking_to, tracking_uri
-from nestune.runs import read_json, sha256_file
 
 CANDIDATE = "candidate"
 CHAMPION = "champion"

@@ -13,7 +13,8 @@ from nestune.backends.factory import make_backend
 from nestune.config import RunConfig
 from nestune.data.batches import Batch
 from nestune.errors import RunError
-from nestune.runs import RunPaths, record_stage, write_bytes
+from nestune.files import write_bytes
+from nestune.runs import RunPaths, record_stage
 from nestune.stages.inputs import TrainingInputs, full_keys, read_training_inputs, tier_map_depends_on
 from nestune.tiers.importance import Importance, Measured, check_importance, read_importance, write_importance
 from nestune.tiers.importance_picture import plot_importance

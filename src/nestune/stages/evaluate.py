@@ -20,17 +20,9 @@ from nestune.evaluation.history import History, read_history
 from nestune.evaluation.plots import loss_curves, retention_bars, tier_updates
 from nestune.evaluation.report import Evaluation, build_report, flat_metrics, render_html
 from nestune.evaluation.scores import Score, Scores, columns, score
+from nestune.files import read_json, replaced_folder, sha256_file, write_bytes, write_json, write_text
 from nestune.registry.versions import Champion, fitting_champion, resolve_adapter
-from nestune.runs import (
-    RunPaths,
-    read_json,
-    record_stage,
-    replaced_folder,
-    sha256_file,
-    write_bytes,
-    write_json,
-    write_text,
-)
+from nestune.runs import RunPaths, record_stage
 from nestune.stages.assign import importance_behind
 from nestune.tiers.importance_picture import plot_importance
 from nestune.training.checkpoints import check_trained

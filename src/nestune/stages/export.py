@@ -17,8 +17,9 @@ from nestune.errors import ConfigError, RunError
 from nestune.export.check import Check, Reference, check_logits, make_reference
 from nestune.export.formats import FORMATS, faults_of, remedy_of, rounded_to
 from nestune.export.job import Job
+from nestune.files import read_json, replaced_folder, sha256_file, write_json
 from nestune.registry.versions import pin_adapter, resolve_adapter
-from nestune.runs import RunPaths, read_json, record_stage, replaced_folder, sha256_file, write_json
+from nestune.runs import RunPaths, record_stage
 
 # The key of its metadata.json by which an export is known.
 EXPORTED = "export"

@@ -12,8 +12,9 @@ from nestune.config import ImportanceConfig, RunConfig, TierConfig
 from nestune.data.batches import Batch, training_steps
 from nestune.data.dataset import Dataset, load_dataset
 from nestune.data.tokens import load_tokenizer, tokenizer_files
+from nestune.files import sha256_file, sha256_files
 from nestune.registry.versions import resolve_adapter
-from nestune.runs import RunPaths, sha256_file, sha256_files
+from nestune.runs import RunPaths
 
 
 @dataclass(frozen=True)

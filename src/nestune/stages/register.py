@@ -7,9 +7,10 @@ from typing import Any
 
 from nestune.backends.adapters import METADATA
 from nestune.config import RunConfig, dump_config
+from nestune.files import read_json, write_json, write_text
 from nestune.registry.tracking import TrackedRun, resume_tracking, start_tracking
 from nestune.registry.versions import aliases_of, promote_version, register_version, tag_version
-from nestune.runs import RunPaths, read_json, record_stage, write_json, write_text
+from nestune.runs import RunPaths, record_stage
 from nestune.stages.assign import importance_behind
 from nestune.stages.evaluate import EVALUATE_AGAIN, check_seal
 

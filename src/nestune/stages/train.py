@@ -11,9 +11,10 @@ from nestune.base_model import resolve_base
 from nestune.config import RunConfig, dump_config
 from nestune.data.batches import evaluation_batches
 from nestune.errors import ConfigError, RunError
+from nestune.files import continued, kept_until_replaced, sha256_file, write_text
 from nestune.registry.tracking import TrackedRun, tracked_run
 from nestune.registry.versions import fitting_champion, resolve_adapter
-from nestune.runs import RunPaths, continued, kept_until_replaced, record_stage, sha256_file, write_text
+from nestune.runs import RunPaths, record_stage
 from nestune.stages.inputs import TrainingInputs, read_training_inputs, tier_map_depends_on
 from nestune.tiers.schedule import TierSchedule
 from nestune.tiers.tier_map import read_fitting_tier_map

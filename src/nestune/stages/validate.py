@@ -9,7 +9,8 @@ from nestune.config import RunConfig, dump_config
 from nestune.data.report import DatasetReport
 from nestune.data.tokens import load_tokenizer, tokenizer_files
 from nestune.data.validation import build_dataset
-from nestune.runs import RunPaths, record_stage, write_text
+from nestune.files import write_text
+from nestune.runs import RunPaths, record_stage
 
 
 @dataclass(frozen=True)

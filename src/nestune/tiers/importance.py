@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nestune.errors import ConfigError, RunError
-from nestune.runs import read_json, write_json
+from nestune.files import read_json, write_json
 from nestune.tiers.parameters import LoraParameter
 
 Importance = Mapping[str, float]

@@ -9,7 +9,7 @@ from typing import Any
 
 from nestune.config import TierConfig
 from nestune.errors import ConfigError, RunError
-from nestune.runs import read_json, write_json
+from nestune.files import read_json, write_json
 from nestune.tiers.importance import Importance
 from nestune.tiers.parameters import LoraParameter, model_order, split_name
 from nestune.tiers.strategies import STRATEGIES

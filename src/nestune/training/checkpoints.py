@@ -13,7 +13,8 @@ from nestune.backends.training_state import write_training_state
 from nestune.base_model import BaseModel
 from nestune.config import RunConfig
 from nestune.errors import ConfigError, RunError
-from nestune.runs import RunPaths, read_json, replaced_folder, sha256_file, write_json
+from nestune.files import read_json, replaced_folder, sha256_file, write_json
+from nestune.runs import RunPaths
 from nestune.training.stopping import BestLoss
 
 FINAL = "final"

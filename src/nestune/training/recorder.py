@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from nestune.backends.base import Loss, StepResult
-from nestune.runs import write_text
+from nestune.files import write_text
 
 TRAIN_METRICS = "train_metrics.jsonl"
 EVAL_METRICS = "eval_metrics.jsonl"

@@ -5,7 +5,8 @@ from tiny_tokenizer import build_tokenizer
 
 from nestune.config import load_config, parse_config
 from nestune.errors import DataError
-from nestune.runs import RunPaths, sha256_file
+from nestune.files import sha256_file
+from nestune.runs import RunPaths
 from nestune.stages.validate import validate
 
 

@@ -10,7 +10,7 @@ from nestune.config import DataConfig, ReplayConfig
 from nestune.data.dataset import load_dataset
 from nestune.data.validation import build_dataset, choose_held_out
 from nestune.errors import ConfigError, DataError, RunError
-from nestune.runs import sha256_file
+from nestune.files import sha256_file
 
 
 def texts(*numbers: int) -> list[dict]:

@@ -17,9 +17,10 @@ from nestune.data.dataset import load_dataset
 from nestune.data.tokens import load_tokenizer
 from nestune.data.validation import build_dataset
 from nestune.errors import ConfigError, RunError
+from nestune.files import read_json, sha256_file, write_json
 from nestune.registry.connection import connect, find_experiment
 from nestune.registry.versions import promote_version, register_version
-from nestune.runs import RunPaths, read_json, sha256_file, write_json
+from nestune.runs import RunPaths
 from nestune.stages.evaluate import evaluate
 from nestune.training.checkpoints import Checkpoints
 from nestune.training.recorder import Recorder

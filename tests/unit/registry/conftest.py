@@ -11,8 +11,9 @@ from run_folders import EvaluatedRun, write_evaluated_run
 from nestune.backends.adapters import write_adapter
 from nestune.base_model import resolve_base
 from nestune.config import LoraConfig, ModelConfig, RegistryConfig, RunConfig
+from nestune.files import write_json
 from nestune.registry.connection import connect
-from nestune.runs import RunPaths, write_json
+from nestune.runs import RunPaths
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

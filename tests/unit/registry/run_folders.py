@@ -4,7 +4,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from nestune.runs import RunPaths, record_stage, sha256_file, write_json, write_text
+from nestune.files import sha256_file, write_json, write_text
+from nestune.runs import RunPaths, record_stage
 from nestune.stages.evaluate import seal
 
 EvaluatedRun = Callable[..., RunPaths]

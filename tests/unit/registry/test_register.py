@@ -8,10 +8,11 @@ from run_folders import EvaluatedRun, scale_adapter
 
 from nestune.config import RunConfig
 from nestune.errors import RunError
+from nestune.files import read_json, sha256_file, write_json
 from nestune.registry.connection import connect
 from nestune.registry.tracking import start_tracking
 from nestune.registry.versions import champion, promote_version
-from nestune.runs import RunPaths, read_json, sha256_file, write_json
+from nestune.runs import RunPaths
 from nestune.stages.evaluate import seal
 from nestune.stages.register import register
 from nestune.tiers.tier_map import TierMap, write_tier_map

@@ -9,10 +9,11 @@ import pytest
 
 from nestune.config import RegistryConfig, RunConfig, load_config
 from nestune.errors import ConfigError, RunError, ServiceError
+from nestune.files import read_json
 from nestune.registry import connection, tracking
 from nestune.registry.connection import connect
 from nestune.registry.tracking import flatten, git_commit, go_on_tracking, resume_tracking, start_tracking, tracked_run
-from nestune.runs import RunPaths, read_json
+from nestune.runs import RunPaths
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from nestune.base_model import resolve_base
 from nestune.config import RegistryConfig, RunConfig
 from nestune.data.tokens import load_tokenizer
 from nestune.errors import ConfigError, RunError
+from nestune.files import read_json, sha256_file, write_json
 from nestune.registry.connection import connect
 from nestune.registry.tracking import start_tracking
 from nestune.registry.versions import (
@@ -28,7 +29,7 @@ from nestune.registry.versions import (
     register_version,
     resolve_adapter,
 )
-from nestune.runs import RunPaths, read_json, sha256_file, write_json
+from nestune.runs import RunPaths
 
 PROMPTS = ["Where does Ada live?", "2 + 2 =", "ä€😀"]
 

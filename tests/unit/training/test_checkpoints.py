@@ -9,7 +9,8 @@ from tests.contract.conftest import configuration
 
 from nestune.config import RunConfig
 from nestune.errors import ConfigError, RunError
-from nestune.runs import RunPaths, sha256_file, write_bytes, write_json
+from nestune.files import sha256_file, write_bytes, write_json
+from nestune.runs import RunPaths
 from nestune.training.checkpoints import (
     check_trained,
     checkpoint_to_go_on_from,
