@@ -38,7 +38,7 @@ def main() -> None:
     configs = {title: load_config(path, [f"model.backend={backend}"]) for title, path in CONFIGS.items()}
     for title, config in configs.items():
         print(f"\n── {title}: {CONFIGS[title]} ──", flush=True)
-        retrain(config, overwrite=True)
+        retrain(config, force=True)
     _print_story(configs)
     print(f"\nDone in {time.monotonic() - began:.0f} s.")
 

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+from contextlib import AbstractContextManager
 from typing import Any
 
 from nestune.environment import set_defaults
@@ -22,14 +23,22 @@ set_defaults()
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.runtime import flow_run
+from prefect.states import Cancelled
 
 from nestune.cli import add_run_options, exit_code_of
 from nestune.config import RunConfig, load_config
-from nestune.errors import NestuneError, ServiceError
+from nestune.errors import NestuneError, ServiceError, StoppedError
+from nestune.run_state import owned, recorded
 from nestune.runs import RunPaths
 from nestune.stages.train import check_before_training
 
 LEAVE_AFTER_S = 5.0
+
+
+def _at(stage: str, config: RunConfig) -> AbstractContextManager[None]:
+    """Note in the run's folder that this flow run is at a stage."""
+    return recorded(RunPaths.of(config.name), stage, flow_run.id)
 
 
 @task(task_run_name="validate", cache_policy=NO_CACHE)
@@ -37,7 +46,8 @@ def validate(config: RunConfig) -> dict[str, Any]:
     """Check the JSONL, split it, and write the dataset of the run."""
     from nestune.stages.validate import validate as stage
 
-    return stage(config, RunPaths.of(config.name)).as_dict()
+    with _at("validate", config):
+        return stage(config, RunPaths.of(config.name)).as_dict()
 
 
 @task(task_run_name="tiers", cache_policy=NO_CACHE)
@@ -45,15 +55,17 @@ def tiers(config: RunConfig) -> dict[str, Any]:
     """Divide the LoRA parameters among the tiers."""
     from nestune.stages.assign import assign as stage
 
-    return stage(config, RunPaths.of(config.name)).as_dict()
+    with _at("tiers", config):
+        return stage(config, RunPaths.of(config.name)).as_dict()
 
 
 @task(task_run_name="train", cache_policy=NO_CACHE)
-def train(config: RunConfig, overwrite: bool, resume: bool) -> dict[str, Any]:
-    """Train the adapter. No retries: what failed once in training fails again."""
+def train(config: RunConfig, force: bool, resume: bool) -> dict[str, Any]:
+    """Train the adapter, or go on with that. No retries: what failed once in training fails again."""
     from nestune.stages.train import train as stage
 
-    return stage(config, RunPaths.of(config.name), overwrite=overwrite, resume=resume).as_dict()
+    with _at("train", config):
+        return stage(config, RunPaths.of(config.name), force=force, resume=resume).as_dict()
 
 
 @task(task_run_name="evaluate", cache_policy=NO_CACHE)
@@ -61,7 +73,8 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
     """Score base, parent, champion and candidate, and let the gate decide."""
     from nestune.stages.evaluate import evaluate as stage
 
-    return stage(config, RunPaths.of(config.name)).as_dict()
+    with _at("evaluate", config):
+        return stage(config, RunPaths.of(config.name)).as_dict()
 
 
 def _may_succeed_later(_task: Any, _run: Any, state: Any) -> bool:
@@ -79,26 +92,32 @@ def register(config: RunConfig) -> dict[str, Any]:
     """Register the adapter, and promote it if the gate let it pass. The registry may be across a network."""
     from nestune.stages.register import register as stage
 
-    return stage(config, RunPaths.of(config.name)).as_dict()
+    with _at("register", config):
+        return stage(config, RunPaths.of(config.name)).as_dict()
 
 
 @flow(name="retrain", flow_run_name="{config.name}")
-def retrain(config: RunConfig, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
+def retrain(config: RunConfig, force: bool = False, resume: bool = False) -> Any:
     """From JSONL to a registered adapter; champion, if it learned and nothing was forgotten.
 
-    `overwrite` replaces checkpoints that another configuration trained under the same name; `resume` goes on from the
-    newest of them.
+    A training that was interrupted goes on. `force` trains anew what another configuration has trained under the same
+    name, or what is trained already; `resume` goes on also on the other backend, or with more steps. Returns each
+    stage's result, or the state Cancelled when the run was asked to stop.
     """
     run = RunPaths.of(config.name)
-    check_before_training(config, run, overwrite, resume)
-    # Called, not submitted: training stays in the main thread, where a request to end reaches it.
-    results = {
-        "validate": validate(config),
-        "tiers": tiers(config),
-        "train": train(config, overwrite, resume),
-        "evaluate": evaluate(config),
-        "register": register(config),
-    }
+    with owned(run, f"Prefect flow run {flow_run.name}"):
+        check_before_training(config, run, force, resume)
+        # Called, not submitted: training stays in the main thread, where a signal reaches it.
+        try:
+            results = {
+                "validate": validate(config),
+                "tiers": tiers(config),
+                "train": train(config, force, resume),
+                "evaluate": evaluate(config),
+                "register": register(config),
+            }
+        except StoppedError as stopped:
+            return Cancelled(message=str(stopped))
     summary = _summary(run, results["register"])
     create_markdown_artifact(summary, key="retrain-report", description=f"what became of {config.name}")
     get_run_logger().info("%(model)s version %(version)s, gate %(gate)s: %(reason)s", results["register"])
@@ -170,7 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     behave_on_a_terminal()
     return exit_code_of(
-        lambda: retrain(load_config(options.config, options.set, options.name), options.overwrite, options.resume)
+        lambda: retrain(load_config(options.config, options.set, options.name), options.force, options.resume)
     )
 
 

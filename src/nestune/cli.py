@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from nestune.errors import NestuneError
+from nestune.errors import NestuneError, StoppedError
 
 if TYPE_CHECKING:
     from nestune.config import RunConfig
@@ -23,8 +23,11 @@ COMMANDS = {
     "register": "register the adapter in MLflow, and promote it if the gate let it pass",
     "run": "all of these, one after the other",
     "export": "write the adapter for PEFT, for mlx-lm, merged into the base, or as GGUF, and check what was written",
+    "status": "tell how a run stands, or all of them: step, losses, updates, tokens/s, time left",
+    "stop": "ask a run to stop at its next step, with a checkpoint, and wait until it has",
 }
-STAGES = tuple(COMMANDS)[:-2]
+STAGES = ("validate", "tiers", "train", "evaluate", "register")
+OF_A_RUN = ("status", "stop")
 FORMATS = ("peft", "mlx", "merged", "gguf")
 
 
@@ -41,13 +44,13 @@ class Result(Protocol):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns 0, 2 for wrong input, 1 for a failure."""
+    """Run one command; returns 0, 2 for wrong input, 1 for a failure, 3 when the run was stopped on request."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     from nestune.environment import set_defaults
 
     set_defaults()
-    return exit_code_of(lambda: _run(options))
+    return exit_code_of(lambda: _of_a_run(options) if options.command in OF_A_RUN else _run(options))
 
 
 def exit_code_of(action: Callable[[], object]) -> int:
@@ -57,7 +60,7 @@ def exit_code_of(action: Callable[[], object]) -> int:
     try:
         action()
     except NestuneError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(error if isinstance(error, StoppedError) else f"error: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
         if error.filename is None:
@@ -79,13 +82,15 @@ def add_run_options(parser: argparse.ArgumentParser, trains: bool) -> None:
     )
     if trains:
         parser.add_argument(
-            "--overwrite", action="store_true", help="replace checkpoints that another configuration trained"
+            "--force",
+            action="store_true",
+            help="train anew what another configuration has trained, or what is trained already",
         )
         parser.add_argument(
             "--resume",
             action="store_true",
-            help="go on from the newest checkpoint of the run, on this backend or the other; training.steps may grow, "
-            "and a cosine schedule then follows the new length",
+            help="go on also on the other backend, or with more training.steps, whose cosine schedule then follows the "
+            "new length; the same configuration goes on without being asked",
         )
 
 
@@ -95,7 +100,7 @@ def _add_export_options(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--checkpoint", choices=("best", "final"), help="by default the one that is evaluated")
     which.add_argument("--adapter", metavar="ADAPTER", help="another one: a folder, or models:/<name>@<alias>")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="by default runs/<name>/export/<to>")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export there")
+    parser.add_argument("--force", action="store_true", help="replace an earlier export there")
     parser.add_argument(
         "--dequantize", action="store_true", help="merge on a base quantized by MLX, as a model of floats"
     )
@@ -103,23 +108,42 @@ def _add_export_options(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     from nestune.config import load_config
+    from nestune.run_state import owned, recorded
     from nestune.runs import RunPaths
 
     config = load_config(options.config, options.set, options.name)
     run = RunPaths.of(config.name)
     stages = STAGES if options.command == "run" else (options.command,)
-    if options.command == "run":
-        from nestune.stages.train import check_before_training
-
-        check_before_training(config, run, options.overwrite, options.resume)
     results: dict[str, Any] = {}
-    for stage in stages:
-        result = _stage(stage, options)(config, run)
-        results[stage] = result.as_dict()
-        if not options.json:
-            print(f"{stage}:", *result.summary(), sep="\n  ", flush=True)
+    with owned(run, f"nestune {options.command} --name {config.name}"):
+        if options.command == "run":
+            from nestune.stages.train import check_before_training
+
+            check_before_training(config, run, options.force, options.resume)
+        for stage in stages:
+            with recorded(run, stage):
+                result = _stage(stage, options)(config, run)
+            results[stage] = result.as_dict()
+            if not options.json:
+                print(f"{stage}:", *result.summary(), sep="\n  ", flush=True)
     if options.json:
         print(json.dumps(results if options.command == "run" else results[options.command], indent=2))
+
+
+def _of_a_run(options: argparse.Namespace) -> None:
+    from nestune.runs import RunPaths
+
+    run = RunPaths.of(options.run) if options.run else None
+    if options.command == "status":
+        from nestune.stages.status import status
+
+        result: Result = status(run)
+    else:
+        from nestune.stages.stop import stop
+
+        assert run is not None, "the parser asks for it"
+        result = stop(run, options.wait)
+    print(json.dumps(result.as_dict(), indent=2) if options.json else "\n".join(result.summary()))
 
 
 def _stage(name: str, options: argparse.Namespace) -> Callable[["RunConfig", "RunPaths"], Result]:
@@ -135,7 +159,7 @@ def _stage(name: str, options: argparse.Namespace) -> Callable[["RunConfig", "Ru
     if name == "train":
         from nestune.stages.train import train
 
-        return lambda config, run: train(config, run, overwrite=options.overwrite, resume=options.resume)
+        return lambda config, run: train(config, run, force=options.force, resume=options.resume)
     if name == "evaluate":
         from nestune.stages.evaluate import evaluate
 
@@ -143,7 +167,7 @@ def _stage(name: str, options: argparse.Namespace) -> Callable[["RunConfig", "Ru
     if name == "export":
         from nestune.stages.export import export
 
-        chosen = {key: getattr(options, key) for key in ("checkpoint", "adapter", "out", "overwrite", "dequantize")}
+        chosen = {key: getattr(options, key) for key in ("checkpoint", "adapter", "out", "force", "dequantize")}
         return lambda config, run: export(config, run, options.to, **chosen)
     from nestune.stages.register import register
 
@@ -158,7 +182,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, purpose in COMMANDS.items():
         command = commands.add_parser(name, help=purpose, description=f"{purpose[:1].upper()}{purpose[1:]}.")
-        add_run_options(command, trains=name in ("train", "run"))
+        if name in OF_A_RUN:
+            command.add_argument("run", metavar="RUN", nargs="?" if name == "status" else None, help="name of the run")
+        else:
+            add_run_options(command, trains=name in ("train", "run"))
+        if name == "stop":
+            command.add_argument("--wait", type=float, default=60.0, metavar="S", help="seconds to wait; default 60")
         if name == "export":
             _add_export_options(command)
         command.add_argument("--json", action="store_true", help="print the result as JSON")

@@ -72,5 +72,19 @@ class DivergedError(RunError):
         )
 
 
+class StorageError(RunError):
+    """The disk does not take what is to be written: it is full, read-only, or not allowed."""
+
+
+class BusyError(RunError):
+    """Another process is at work on the same run, or on the same accelerator."""
+
+
+class StoppedError(RunError):
+    """The run was asked to stop and has done so; what it had done is kept. No failure, but not the end either."""
+
+    exit_code = 3
+
+
 class ServiceError(RunError):
     """Something outside, such as the tracking server, does not answer or refuses; a later attempt may succeed."""

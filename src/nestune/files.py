@@ -1,31 +1,58 @@
-"""Files that are written safely, read with a remedy, and known by their SHA-256."""
+"""Files that are written safely, read with a remedy, and known by their SHA-256.
 
+A file or folder appears whole or not at all, whatever moment a process is killed at or power is lost: it is made under
+a temporary name on the same disk, synced, and renamed. What a killed process leaves under such names, `tidy` removes.
+"""
+
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nestune.errors import RunError
+from nestune.errors import RunError, StorageError
+
+SEAL = "sha256.json"
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
+OLD = re.compile(r"\.(?P<name>.+)\.old")
+# Whatever a block does that writes into a folder, these are about writing.
+OF_WRITING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+
+
+@contextmanager
+def writing(path: Path, only: Collection[int] | None = None) -> Iterator[None]:
+    """Turn what the system raises into a StorageError that says which file could not be written, and what to do.
+
+    only: the error numbers that are turned; None: all.
+    """
+    try:
+        yield
+    except OSError as error:
+        if only is not None and error.errno not in only:
+            raise
+        raise StorageError(_why_not_written(path, error)) from error
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: temporary name on the same disk, synced, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary_beside(path)
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    """Write a file whole or not at all; raises StorageError when the system refuses."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = temporary_beside(path)
+        try:
+            with temporary.open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_folder(path.parent)
 
 
 def write_text(path: Path, content: str) -> None:
@@ -42,62 +69,66 @@ def write_json(path: Path, content: Any) -> None:
 def replaced_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder that takes the place of `path` when the block ends well, and vanishes when it fails.
 
-    Between the two renames of a replacement neither folder stands at `path`; the old one is then beside it,
-    under a hidden name. Parents made for a block that fails vanish too.
+    Between the two renames of a replacement neither folder stands at `path`; a process that is killed just there
+    leaves the old one beside it, and `tidy` brings it back. Parents made for a block that fails vanish too.
+    Raises StorageError when the system refuses to write.
     """
+    temporary, old = temporary_beside(path), path.with_name(f".{path.name}.old")
     made = [parent for parent in path.parents if not parent.exists()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary_beside(path)
-    temporary.mkdir()
     try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as opened:
-                    os.fsync(opened.fileno())
-        old = _temporary_beside(path)
-        if path.exists():
-            os.replace(path, old)
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        with writing(path):
+            temporary.mkdir(parents=True)
+        with writing(path, only=OF_WRITING):
+            yield temporary
+        with writing(path):
+            sync_tree(temporary)
+            if path.exists():
+                os.replace(path, old)
+            os.replace(temporary, path)
+            sync_folder(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         for parent in made:
-            if not any(parent.iterdir()):
+            if parent.exists() and not any(parent.iterdir()):
                 parent.rmdir()
 
 
-@contextmanager
-def kept_until_replaced(*paths: Path) -> Iterator[None]:
-    """Set files and folders aside while the block makes new ones in their place; when it fails, they come back.
+def tidy(folder: Path) -> None:
+    """End what a killed process left unfinished below a folder, which nobody else may be writing to.
 
-    What a failed block made stays only where there was nothing before. A killed process leaves the old ones
-    beside, as `.<name>.previous`; the next such block on the same paths brings them back first.
+    Temporary files and folders go; an old folder whose replacement did not take place comes back.
     """
-    aside = {path: _aside(path) for path in paths}
-    _bring_back(aside)
-    for path, previous in aside.items():
-        if path.exists():
-            os.replace(path, previous)
+    with writing(folder):
+        for path in sorted(folder.rglob(".*")):
+            old = OLD.fullmatch(path.name)
+            if TEMPORARY.fullmatch(path.name) or (old and path.with_name(old["name"]).exists()):
+                remove(path)
+            elif old and path.exists():
+                os.replace(path, path.with_name(old["name"]))
+                sync_folder(path.parent)
+
+
+def seal(folder: Path) -> None:
+    """Note the SHA-256 of every file of a folder beside them, so that a change is noticed."""
+    hashes = {path.name: sha256_file(path) for path in sorted(folder.iterdir())}
+    write_json(folder / SEAL, {"files": hashes})
+
+
+def seal_faults(folder: Path, needed: Sequence[str]) -> list[str]:
+    """What of a sealed folder is not as it was sealed; `needed`: files that it must have. Empty when all is well."""
     try:
-        yield
-    except BaseException:
-        _bring_back(aside)
-        raise
-    for previous in aside.values():
-        _remove(previous)
-
-
-@contextmanager
-def continued(*paths: Path) -> Iterator[None]:
-    """Go on with files and folders in their place, which stay whatever comes of it.
-
-    When the block ends well, what a killed `kept_until_replaced` has set aside of them is no longer needed.
-    """
-    yield
-    for path in paths:
-        _remove(_aside(path))
+        sealed = read_json(folder / SEAL, "", keys=["files"])["files"]
+    except RunError:
+        return [f"{SEAL} missing or broken"]
+    # A name that leads elsewhere is none of the folder's own.
+    if not isinstance(sealed, dict) or any(Path(name).name != name for name in sealed):
+        return [f"{SEAL} broken"]
+    unsealed = [name for name in needed if name not in sealed]
+    missing = [name for name in sealed if not (folder / name).is_file()]
+    changed = [name for name in sealed if name not in missing and sha256_file(folder / name) != sealed[name]]
+    by_kind = {"missing": [*unsealed, *missing], "changed": changed}
+    return [f"{', '.join(names)} {kind}" for kind, names in by_kind.items() if names]
 
 
 def read_json(path: Path, remedy: str, keys: Sequence[str] = ()) -> Any:
@@ -133,31 +164,46 @@ def sha256_files(folder: Path, files: Iterable[Path]) -> str:
     return total.hexdigest()
 
 
-def _aside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.previous")
+def temporary_beside(path: Path) -> Path:
+    """A name beside `path`, on the same disk, that nothing has; `tidy` removes what is left under it."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
 
 
-def _bring_back(aside: Mapping[Path, Path]) -> None:
-    for path, previous in aside.items():
-        if previous.exists():
-            _remove(path)
-            os.replace(previous, path)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
+def remove(path: Path) -> None:
+    """Delete a file, or a folder with all that is in it; no fault when it is not there."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
 
-def _temporary_beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-
-
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make sure that the names in a folder are on the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """Make sure that all files and folders below a folder are on the disk, and the folder itself."""
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            sync_folder(path)
+        elif path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    sync_folder(folder)
+
+
+def _why_not_written(path: Path, error: OSError) -> str:
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        remedy = "Free some space there"
+    elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        remedy = "Make its folder writable, or work in another one"
+    else:
+        remedy = "See that its disk is there and in order"
+    again = "What was complete before is as it was; the same command goes on from there"
+    return f"cannot write {path}: {reason}. {remedy}. {again}."

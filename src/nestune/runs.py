@@ -1,12 +1,15 @@
 """A run's folder: where its files are, and the manifest of their hashes."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from nestune.errors import ConfigError
 from nestune.files import read_json, sha256_file, write_json
 
 RUNS = Path("runs")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,15 @@ class RunPaths:
 
     @classmethod
     def of(cls, name: str) -> "RunPaths":
-        """The folder of the run called `name`, below the current folder."""
+        """The folder of the run called `name`, below the current folder.
+
+        Raises ConfigError for a name that no run can have, such as one that leads to another folder.
+        """
+        if not NAME.fullmatch(name):
+            raise ConfigError(
+                f"{name!r:.80} is no name of a run: it must be letters, digits, '.', '_' and '-', starting with a "
+                "letter or digit, at most 64 characters. `nestune status` lists the runs."
+            )
         return cls(RUNS / name)
 
     @property
@@ -63,6 +74,21 @@ class RunPaths:
     @property
     def registration(self) -> Path:
         return self.root / "registration.json"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the process that is at work on the run."""
+        return self.root / ".lock"
+
+    @property
+    def state(self) -> Path:
+        """Which stage is, or was, under way, and how it ended."""
+        return self.root / "state.json"
+
+    @property
+    def stop_request(self) -> Path:
+        """Asks the process at work to stop."""
+        return self.root / ".stop"
 
     @property
     def manifest(self) -> Path:

@@ -164,7 +164,7 @@ def test_merged_weights_are_stored_as_the_base_or_as_configured(tmp_path: Path) 
     base = random_base(tmp_path / "base", qwen2(), "bfloat16")
     config, run = train(tmp_path, base)
     for dtype, stored in (("auto", torch.bfloat16), ("float16", torch.float16), ("float32", torch.float32)):
-        merged = Path(export(with_dtype(config, dtype), run, "merged", overwrite=True).folder)
+        merged = Path(export(with_dtype(config, dtype), run, "merged", force=True).folder)
         assert {tensor.dtype for tensor in tensors_of(merged).values()} == {stored}
         assert f"torch.{read_json(merged / 'config.json', '')['dtype']}" == str(stored)
 
@@ -218,13 +218,13 @@ def test_an_export_is_replaced_only_when_asked_and_only_by_an_export(base: Path,
     config, run = train(tmp_path, base)
     first = Path(export(config, run, "peft").folder)
     (first / "mark").touch()
-    with pytest.raises(ConfigError, match="Pass --overwrite"):
+    with pytest.raises(ConfigError, match="Pass --force"):
         export(config, run, "peft")
     assert (first / "mark").exists()
-    export(config, run, "peft", overwrite=True)
+    export(config, run, "peft", force=True)
     assert not (first / "mark").exists()
     with pytest.raises(ConfigError, match="is no export of nestune"):
-        export(config, run, "peft", out=run.checkpoints / "best", overwrite=True)
+        export(config, run, "peft", out=run.checkpoints / "best", force=True)
     assert (run.checkpoints / "best" / WEIGHTS).exists()
 
 
@@ -350,11 +350,11 @@ def test_the_command_says_what_is_wrong_without_a_traceback(
 ) -> None:
     wrong = ["export", "--config", str(configured), "--to", "peft", "--out", "runs"]
     assert main(wrong) == 2
-    assert main([*wrong, "--overwrite"]) == 2
+    assert main([*wrong, "--force"]) == 2
     assert main(["export", "--config", str(configured), "--to", "peft", "--checkpoint", "final"]) == 1
     assert main(["export", "--config", str(configured), "--to", "peft", "--set", "lora.rank=3"]) == 2
     told = capsys.readouterr().err
-    assert "Pass --overwrite to replace it" in told
+    assert "Pass --force to replace it" in told
     assert "is no export of nestune" in told
     assert "there is no runs/contract/checkpoints/final" in told
     assert "its rank is 4" in told

@@ -55,9 +55,9 @@ def test_another_configuration_does_not_replace_a_trained_adapter_unasked(
     before = sha256_file(Path("runs/demo-nestune") / ADAPTER)
     again = ["train", "--config", str(path), "--set", "training.seed=7"]
     assert cli.main(again) == 2
-    assert "--overwrite" in capsys.readouterr().err
+    assert "--force" in capsys.readouterr().err
     assert sha256_file(Path("runs/demo-nestune") / ADAPTER) == before
-    assert cli.main([*again, "--overwrite"]) == 0
+    assert cli.main([*again, "--force"]) == 0
     assert sha256_file(Path("runs/demo-nestune") / ADAPTER) != before
 
 
@@ -71,7 +71,7 @@ def test_a_training_that_fails_leaves_the_adapter_that_was_there(
         f: sha256_file(f) for f in Path("runs/demo-nestune").rglob("*") if f.is_file() and "dataset" not in f.parts
     }
     diverging = ["--set", "training.optimizer=sgd", "--set", "training.max_grad_norm=null"]
-    again = ["train", "--config", str(path), "--overwrite", "--set", "training.learning_rate=1e30", *diverging]
+    again = ["train", "--config", str(path), "--force", "--set", "training.learning_rate=1e30", *diverging]
     assert cli.main(again) == 1
     assert "training diverged" in capsys.readouterr().err
     after = {file: sha256_file(file) for file in before if file.exists()}

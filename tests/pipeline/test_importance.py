@@ -365,7 +365,7 @@ def test_a_map_that_other_importances_made_is_not_trained_on(
     descent = {"optimizer": "sgd", "learning_rate": 1.0, "max_grad_norm": None, "steps": 1, "batch_size": 16}
     of_the_map = {"training": descent, "tiers__update_every": [1, 1, 1], "tiers__importance__steps": 1}
     with pytest.raises(RunError, match=rf"made from something else \({differs} differs\)\. Run nestune tiers again"):
-        train(configure(**of_the_map | settings), finished[1], overwrite=True)
+        train(configure(**of_the_map | settings), finished[1], force=True)
 
 
 def test_a_map_made_on_another_dataset_is_not_trained_on(configure: Configure, run: RunPaths) -> None:

@@ -104,7 +104,7 @@ def test_a_run_that_cannot_go_on_says_why_and_keeps_what_it_has(
     assert "no checkpoint in runs/demo-nestune/checkpoints to go on from" in refused(code=1)
     assert nestune("train", path, "--set", "training.steps=4") == 0
     assert "training.seed was 0, now 7" in refused("--set", "training.seed=7", code=2)
-    assert "pass one of the two" in refused("--overwrite", code=2)
+    assert "pass one of the two" in refused("--force", code=2)
 
     train.write_text("".join(rows[1:]))
     assert nestune("validate", path) == 0

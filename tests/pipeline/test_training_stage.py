@@ -19,8 +19,8 @@ RUN = Path("runs/demo-nestune")
 def train(path: Path, *overrides: str, name: str = "demo-nestune") -> None:
     flags = [flag for override in overrides for flag in ("--set", override)]
     for command in ("validate", "tiers", "train"):
-        overwrite = ["--overwrite"] if command == "train" else []
-        assert cli.main([command, "--config", str(path), "--name", name, *flags, *overwrite]) == 0
+        force = ["--force"] if command == "train" else []
+        assert cli.main([command, "--config", str(path), "--name", name, *flags, *force]) == 0
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

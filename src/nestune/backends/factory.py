@@ -69,6 +69,17 @@ def make_backend(config: RunConfig) -> Backend:
     return TorchBackend(config)
 
 
+def accelerator(choice: Choice) -> str | None:
+    """A name of the accelerator that a backend trains on, another one for each card; None: it trains on the CPU."""
+    if choice.name == "mlx":
+        import mlx.core as mx
+
+        return "metal" if mx.default_device() == mx.gpu else None
+    import torch
+
+    return f"cuda-{torch.cuda.get_device_properties(0).uuid}" if torch.cuda.is_available() else None
+
+
 def _quantized_by_mlx(config: RunConfig) -> bool:
     settings = (resolve_base(config.model).folder / "config.json").read_text(encoding="utf-8")
     return "quantization" in json.loads(settings)

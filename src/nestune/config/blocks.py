@@ -250,6 +250,11 @@ class TrainingConfig(Strict):
         False, description="true: compute activations again in the backward pass; less memory, more time"
     )
 
+    when_busy: Literal["wait", "refuse", "share"] = Field(
+        "wait",
+        description="while another training has the accelerator: wait for it to end, refuse to start, or share it",
+    )
+
     @field_validator("early_stopping")
     @classmethod
     def _needs_validation(cls, stopping: EarlyStopping | None, info: ValidationInfo) -> EarlyStopping | None:

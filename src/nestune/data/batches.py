@@ -54,8 +54,9 @@ def training_steps(
     pad_id: int,
     replay: Sequence[Sequence[Row]] = (),
     replay_rows: int = 0,
+    after: int = 0,
 ) -> Iterator[list[Batch]]:
-    """The micro-batches of one step after the other, without end.
+    """The micro-batches of one step after the other, without end, from the step after `after` on.
 
     Every row comes once an epoch; the last micro-batch of an epoch is smaller when the rows do not divide.
     `replay_rows` rows of earlier data join each step, drawn in turn from the sources in `replay` and spread
@@ -66,11 +67,12 @@ def training_steps(
     new = _new_batches(rows, training.batch_size, training.seed)
     earlier = _replayed(replay, training.seed) if replay else iter(())
     parts = training.gradient_accumulation_steps
-    while True:
+    for step in count(1):
         micro_batches = [[rows[index] for index in batch] for batch in islice(new, parts)]
         for index, row in enumerate(islice(earlier, replay_rows)):
             micro_batches[index % parts].append(row)
-        yield [collate(batch, pad_id) for batch in micro_batches]
+        if step > after:
+            yield [collate(batch, pad_id) for batch in micro_batches]
 
 
 def _new_batches(rows: Sequence[Row], batch_size: int, seed: int) -> Iterator[NDArray[np.int64]]:

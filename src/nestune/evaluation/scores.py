@@ -10,6 +10,7 @@ from nestune.config import EvaluationConfig
 from nestune.data.batches import evaluation_batches
 from nestune.data.tokens import Row, Tokenizer
 from nestune.errors import DataError
+from nestune.stopping import StopRequests
 
 KEPT_EXAMPLES = 5
 MODELS = ("base", "parent", "champion", "candidate")
@@ -57,19 +58,26 @@ Scores = Mapping[str, Mapping[str, Score]]
 """scores[model][set]; models are `base`, `parent`, `champion` (where there is one) and `candidate`."""
 
 
-def score(backend: Backend, rows: Sequence[Row], tokenizer: Tokenizer, evaluation: EvaluationConfig) -> Score:
+def score(
+    backend: Backend,
+    rows: Sequence[Row],
+    tokenizer: Tokenizer,
+    evaluation: EvaluationConfig,
+    stop: StopRequests | None = None,
+) -> Score:
     """The score of the backend's model, with the adapter that it has loaded now.
 
     Answers are compared as text, without special tokens and surrounding white space.
-    Raises DataError when there are no rows: a loss of 0 would hide an empty set.
+    Raises DataError when there are no rows: a loss of 0 would hide an empty set; StoppedError between two batches.
     """
     if not rows:
         raise DataError("there are no rows to score. Run nestune validate again.")
-    loss = backend.loss(evaluation_batches(rows, evaluation.batch_size, tokenizer.pad_token_id))
+    batches = evaluation_batches(rows, evaluation.batch_size, tokenizer.pad_token_id)
+    loss = backend.loss(stop.watched(batches) if stop else batches)
     asked = [(r.prompt, r.answer.strip()) for r in rows if r.prompt is not None and r.answer is not None]
     if not asked:
         return Score(loss.mean, loss.tokens, exact_match=None, answers=0)
-    seen = _greedy_answers(backend, [prompt.tolist() for prompt, _ in asked], tokenizer, evaluation)
+    seen = _greedy_answers(backend, [prompt.tolist() for prompt, _ in asked], tokenizer, evaluation, stop)
     wrong = [
         Example(tokenizer.decode(prompt, skip_special_tokens=True).strip(), expected, answer)
         for (prompt, expected), answer in zip(asked, seen, strict=True)
@@ -95,12 +103,18 @@ def columns(scores: Mapping[str, object]) -> dict[str, str]:
 
 
 def _greedy_answers(
-    backend: Backend, prompts: Sequence[list[int]], tokenizer: Tokenizer, evaluation: EvaluationConfig
+    backend: Backend,
+    prompts: Sequence[list[int]],
+    tokenizer: Tokenizer,
+    evaluation: EvaluationConfig,
+    stop: StopRequests | None,
 ) -> list[str]:
     """The answers in the order of the prompts; batches of similar length, which need less padding."""
     by_length = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     answers = [""] * len(prompts)
     for start in range(0, len(by_length), evaluation.batch_size):
+        if stop is not None:
+            stop.check()
         places = by_length[start : start + evaluation.batch_size]
         generated = backend.generate([prompts[place] for place in places], evaluation.max_answer_tokens)
         for place, tokens in zip(places, generated, strict=True):

@@ -24,8 +24,9 @@ from nestune.files import read_json, replaced_folder, sha256_file, write_bytes, 
 from nestune.registry.versions import Champion, fitting_champion, resolve_adapter
 from nestune.runs import RunPaths, record_stage
 from nestune.stages.assign import importance_behind
+from nestune.stopping import StopRequests
 from nestune.tiers.importance_picture import plot_importance
-from nestune.training.checkpoints import check_trained
+from nestune.training.start import check_trained
 
 SEAL = "sha256.json"
 EVALUATE_AGAIN = "Run nestune evaluate again."
@@ -71,7 +72,8 @@ def evaluate(config: RunConfig, run: RunPaths, backend: Backend | None = None) -
 
     Writes evaluation/ whole or not at all: report.json, metrics.json, report.html, the pictures and plots/*.csv.
     Raises RunError when the training is not complete or was of another configuration, or the dataset is missing or
-    changed; ConfigError when the champion is of another base, rank or alpha.
+    changed; ConfigError when the champion is of another base, rank or alpha; StoppedError, within a batch, when the run
+    is asked to stop.
     """
     candidate = run.checkpoints / config.evaluation.checkpoint
     check_trained(config, run)
@@ -85,7 +87,7 @@ def evaluate(config: RunConfig, run: RunPaths, backend: Backend | None = None) -
     sets = {NEW_TASK: dataset.valid, **dataset.retention}
     backend = backend or make_backend(config)
     adapters = {model: sha256_file(weights_file(folder)) if folder else None for model, folder in folders.items()}
-    scores = _score_once(backend, folders, adapters, sets, tokenizer, config)
+    scores = _score_once(backend, folders, adapters, sets, tokenizer, config, StopRequests(run))
     verdict = decide(scores, config.gate)
     evaluation = Evaluation(
         config=config,
@@ -141,6 +143,7 @@ def _score_once(
     sets: Mapping[str, Sequence[Row]],
     tokenizer: Tokenizer,
     config: RunConfig,
+    stop: StopRequests,
 ) -> dict[str, dict[str, Score]]:
     """The scores of each model; models with the same adapter are scored once."""
     scored: dict[str | None, dict[str, Score]] = {}
@@ -148,7 +151,7 @@ def _score_once(
         if adapters[model] not in scored:
             backend.load_adapter(folder)
             scored[adapters[model]] = {
-                name: score(backend, rows, tokenizer, config.evaluation) for name, rows in sets.items()
+                name: score(backend, rows, tokenizer, config.evaluation, stop) for name, rows in sets.items()
             }
     return {model: scored[adapters[model]] for model in folders}
 

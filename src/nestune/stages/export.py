@@ -60,7 +60,7 @@ def export(
     checkpoint: str | None = None,
     adapter: str | None = None,
     out: Path | None = None,
-    overwrite: bool = False,
+    force: bool = False,
     dequantize: bool = False,
 ) -> ExportResult:
     """Write the adapter in one of the `FORMATS`, and check what the program it is for computes with it.
@@ -75,7 +75,7 @@ def export(
             "--adapter names an adapter that need not be of this run, so say where it goes: --out FOLDER."
         )
     folder = out or run.root / "export" / to
-    _check_replaceable(folder, overwrite)
+    _check_replaceable(folder, force)
     base = resolve_base(config.model)
     faults = faults_of(to, base, dequantize)
     if faults:
@@ -103,11 +103,11 @@ def export(
     return ExportResult(to, folder.as_posix(), name, check, usage, tuple(notes))
 
 
-def _check_replaceable(folder: Path, overwrite: bool) -> None:
+def _check_replaceable(folder: Path, force: bool) -> None:
     if not folder.exists():
         return
-    if not overwrite:
-        raise ConfigError(f"{folder} exists. Pass --overwrite to replace it, or another --out.")
+    if not force:
+        raise ConfigError(f"{folder} exists. Pass --force to replace it, or another --out.")
     metadata = folder / METADATA
     if not metadata.is_file() or EXPORTED not in read_json(metadata, "Pass another --out."):
         raise ConfigError(f"{folder} is no export of nestune, so it is not overwritten. Pass another --out.")

@@ -27,10 +27,13 @@ class TrainingInputs:
     pad_id: int
     parent: Path | None
 
-    def steps(self) -> Iterator[list[Batch]]:
-        """The micro-batches of one training step after the other, without end; the same ones at every call."""
-        replay_rows = self.config.retention.replay.rows_per_step
-        return training_steps(self.dataset.train, self.config.training, self.pad_id, self.dataset.replay, replay_rows)
+    def steps(self, after: int = 0) -> Iterator[list[Batch]]:
+        """The micro-batches of one training step after another, without end, from the step after `after` on.
+
+        A step's are the same ones at every call.
+        """
+        replay, rows = self.dataset.replay, self.config.retention.replay.rows_per_step
+        return training_steps(self.dataset.train, self.config.training, self.pad_id, replay, rows, after)
 
     @property
     def data_sha256(self) -> str:

@@ -1,34 +1,35 @@
 """Stage train: from the validated dataset and the tier map to checkpoints."""
 
+import logging
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from itertools import islice
 from typing import Any
 
+from nestune.backends.accelerator import accelerator_held
 from nestune.backends.adapters import WEIGHTS
-from nestune.backends.factory import choose_backend, make_backend
+from nestune.backends.factory import Choice, accelerator, choose_backend, make_backend
 from nestune.backends.training_state import read_training_state
 from nestune.base_model import resolve_base
 from nestune.config import RunConfig, dump_config
 from nestune.data.batches import evaluation_batches
-from nestune.errors import ConfigError, RunError
-from nestune.files import continued, kept_until_replaced, sha256_file, write_text
+from nestune.errors import RunError, ServiceError, StoppedError
+from nestune.files import sha256_file, write_text
 from nestune.registry.tracking import TrackedRun, tracked_run
 from nestune.registry.versions import fitting_champion, resolve_adapter
 from nestune.runs import RunPaths, record_stage
 from nestune.stages.inputs import TrainingInputs, read_training_inputs, tier_map_depends_on
+from nestune.stopping import StopRequests, signals_stop
 from nestune.tiers.schedule import TierSchedule
 from nestune.tiers.tier_map import read_fitting_tier_map
-from nestune.training.checkpoints import (
-    Checkpoint,
-    Checkpoints,
-    checkpoint_to_go_on_from,
-    newest_checkpoint,
-    refuse_other_checkpoints,
-)
+from nestune.training.best_loss import BestLoss
+from nestune.training.checkpoints import Checkpoint, Checkpoints, newest_checkpoint
 from nestune.training.loop import run_training
 from nestune.training.progress import ProgressBar
 from nestune.training.recorder import Recorder
-from nestune.training.stopping import BestLoss
+from nestune.training.replacement import forget_replaced, in_place_of_earlier
+from nestune.training.start import has_ended, starting_point
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -64,44 +65,68 @@ class TrainResult:
 
 
 def check_before_training(
-    config: RunConfig, run: RunPaths, overwrite: bool = False, resume: bool = False
+    config: RunConfig, run: RunPaths, force: bool = False, resume: bool = False
 ) -> Checkpoint | None:
-    """Find out now what would else stop the run after hours of training; the checkpoint that `resume` goes on from.
+    """Find out now what would else stop the run after hours of training; the checkpoint that it goes on from.
 
-    Raises ConfigError when the run's folder holds checkpoints of another configuration and `overwrite` is false,
-    when the backend is not there, when the parent adapter does not exist, or when the champion is of another base
-    or rank; RunError when there is nothing to resume; ServiceError when the tracking server does not answer.
+    Raises what `starting_point` raises; ConfigError when the backend is not there, when the parent adapter does not
+    exist, or when the champion is of another base or rank. A tracking server that does not answer is only warned of
+    where training can do without it.
     """
-    if resume and overwrite:
-        raise ConfigError("resume goes on from the checkpoints of a run, overwrite replaces them; pass one of the two")
-    checkpoint = checkpoint_to_go_on_from(config, run) if resume else None
-    if not resume and not overwrite:
-        refuse_other_checkpoints(config, run)
+    checkpoint = starting_point(config, run, force, resume)
     choose_backend(config)
     if config.model.adapter is not None:
         resolve_adapter(config.model.adapter, config.registry)
-    fitting_champion(config, resolve_base(config.model))
+    try:
+        fitting_champion(config, resolve_base(config.model))
+    except ServiceError as error:
+        log.warning("%s Training needs no champion; the evaluation will ask again.", error)
     return checkpoint
 
 
-def train(config: RunConfig, run: RunPaths, overwrite: bool = False, resume: bool = False) -> TrainResult:
-    """Train the adapter and write checkpoints and metrics.
+def train(config: RunConfig, run: RunPaths, force: bool = False, resume: bool = False) -> TrainResult:
+    """Train the adapter and write checkpoints and metrics, or go on with that; where it has ended, only tell of it.
 
-    Earlier checkpoints stay until the new ones are complete. `resume` goes on from the newest of them, after which
-    weights are those of a training that was never interrupted: to the bit on one backend. Raises what
-    `check_before_training` raises, and RunError when an earlier stage is missing or its files have changed, or when
-    training diverges.
+    Goes on from the newest checkpoint of the same configuration, after which weights are those of a training that was
+    never interrupted: to the bit on one backend. Checkpoints that are replaced stay until the new ones are complete.
+
+    Raises what `check_before_training` raises; RunError when an earlier stage is missing or its files have changed, or
+    when training diverges; StoppedError, with a checkpoint of where it was, when the run is asked to stop.
     """
-    checkpoint = check_before_training(config, run, overwrite, resume)
+    checkpoint = check_before_training(config, run, force, resume)
+    inputs = read_training_inputs(config, run)
+    if checkpoint is not None and checkpoint.metadata["data_sha256"] != inputs.data_sha256:
+        if not force:
+            raise _other_data(checkpoint, inputs)
+        checkpoint = None
     best = BestLoss(config.training.early_stopping)
     if checkpoint is not None:
         best.restore(checkpoint.metadata)
-        if checkpoint.is_final and (best.should_stop or checkpoint.step == config.training.steps):
+        if has_ended(checkpoint, config):
+            forget_replaced(run)
             return _result(config, run, best, checkpoint.metadata["backend"], checkpoint.step)
-    inputs = read_training_inputs(config, run)
-    if checkpoint is not None:
-        _check_same_data(checkpoint, inputs)
-    choice, backend = choose_backend(config), make_backend(config)
+    stop = StopRequests(run)
+    choice = choose_backend(config)
+    alone = accelerator_held(
+        accelerator(choice), f"nestune train --name {config.name}", config.training.when_busy, stop.check
+    )
+    with signals_stop(stop), alone:
+        trains_on = _train(config, run, inputs, choice, checkpoint, best, stop)
+    record_stage(run, "train", [run.config, run.dataset, run.tiers], [run.checkpoints, run.metrics])
+    return _result(config, run, best, trains_on, checkpoint.step if checkpoint else None)
+
+
+def _train(
+    config: RunConfig,
+    run: RunPaths,
+    inputs: TrainingInputs,
+    choice: Choice,
+    checkpoint: Checkpoint | None,
+    best: BestLoss,
+    stop: StopRequests,
+) -> str:
+    """Train from a checkpoint on, or anew; returns what it was trained on."""
+    backend = make_backend(config)
     made_from = tier_map_depends_on(config.tiers, inputs.importance_depends_on())
     tier_map = read_fitting_tier_map(run.tiers, backend.lora_parameters(), config.tiers, made_from)
     backend.load_adapter(checkpoint.folder if checkpoint else inputs.parent)
@@ -109,42 +134,47 @@ def train(config: RunConfig, run: RunPaths, overwrite: bool = False, resume: boo
     if checkpoint is not None:
         backend.restore_training(read_training_state(checkpoint.folder))
     state = backend.training_state()
-    steps = islice(inputs.steps(), state.steps, None)
     valid = list(evaluation_batches(inputs.dataset.valid, config.evaluation.batch_size, inputs.pad_id))
-
-    write_text(run.config, dump_config(config))
-    checkpoints = Checkpoints(run.checkpoints, backend, inputs.base, config, inputs.data_sha256)
     schedule = TierSchedule(config.tiers.periods)
+    trains_on = f"{backend.name} on {backend.device} ({choice.reason})"
     tags = {
         "base_sha256": inputs.base.sha256,
         "dataset_sha256": inputs.dataset.sha256,
         "tier_map_sha256": tier_map.sha256,
     }
-    in_place = continued if checkpoint else kept_until_replaced
-    trains_on = f"{backend.name} on {backend.device} ({choice.reason})"
+    write_text(run.config, dump_config(config))
     with (
-        in_place(run.checkpoints, run.metrics, run.tracking),
+        nullcontext() if checkpoint else in_place_of_earlier(run),
         tracked_run(config, run, tags, goes_on=checkpoint is not None) as tracked,
         ProgressBar(config.training.steps, taken=state.steps) as bar,
     ):
         bar.say(f"backend: {trains_on}")
         tracker = _Tracker(tracked)
-        with Recorder(run.metrics, state.updates, [bar, tracker], state.steps) as recorder:
+        with Recorder(run.metrics, state.updates, [bar, tracker], state.steps, best.validated_step) as recorder:
             if checkpoint is not None:
                 bar.say(f"going on after step {checkpoint.step}, from {checkpoint.folder}")
                 recorder.replay(tracker)
-            run_training(backend, schedule, steps, valid, config.training, recorder, best, checkpoints)
-    record_stage(run, "train", [run.config, run.dataset, run.tiers], [run.checkpoints, run.metrics])
-    return _result(config, run, best, trains_on, checkpoint.step if checkpoint else None)
+            checkpoints = Checkpoints(
+                run.checkpoints, backend, inputs.base, config, inputs.data_sha256, before_save=recorder.sync
+            )
+            steps = inputs.steps(after=state.steps)
+            try:
+                run_training(backend, schedule, steps, valid, config.training, recorder, best, checkpoints, stop)
+            except StoppedError as stopped:
+                # What a signal is passed on to does not tell it.
+                if stop.signal is not None:
+                    bar.say(str(stopped))
+                raise
+    forget_replaced(run)
+    return trains_on
 
 
-def _check_same_data(checkpoint: Checkpoint, inputs: TrainingInputs) -> None:
-    if checkpoint.metadata["data_sha256"] != inputs.data_sha256:
-        raise RunError(
-            f"{inputs.dataset.folder} holds other rows than {checkpoint.folder} was trained on, so training cannot go "
-            "on from there. Put the files in data and retention.replay back and run nestune validate, or train under "
-            "another --name."
-        )
+def _other_data(checkpoint: Checkpoint, inputs: TrainingInputs) -> RunError:
+    return RunError(
+        f"{inputs.dataset.folder} holds other rows than {checkpoint.folder} was trained on, so training cannot go "
+        "on from there. Put the files in data and retention.replay back and run nestune validate, train under another "
+        "--name, or pass --force to train anew."
+    )
 
 
 def _result(

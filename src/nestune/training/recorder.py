@@ -2,14 +2,16 @@
 
 import json
 import logging
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 from nestune.backends.base import Loss, StepResult
-from nestune.files import write_text
+from nestune.files import write_text, writing
 
 TRAIN_METRICS = "train_metrics.jsonl"
 EVAL_METRICS = "eval_metrics.jsonl"
@@ -32,21 +34,30 @@ class Listener(Protocol):
 class Recorder:
     """Appends a line to the metrics files at each step and validation, so that they can be read meanwhile.
 
-    last_step, update_counts: how far training is when it begins, or goes on. Lines of the files up to that step stay,
-    later ones go: the steps that they tell of are taken again.
+    last_step, update_counts: how far training is when it begins, or goes on; validated_step: the step after which its
+    last validation was. Lines of the files up to there stay, later ones go: what they tell of is done again.
+    Raises StorageError when the disk does not take a line.
     """
 
     def __init__(
-        self, folder: Path, update_counts: Sequence[int], listeners: Sequence[Listener] = (), last_step: int = 0
+        self,
+        folder: Path,
+        update_counts: Sequence[int],
+        listeners: Sequence[Listener] = (),
+        last_step: int = 0,
+        validated_step: int = 0,
     ) -> None:
         self.last_step = last_step
         self.update_counts = list(update_counts)
         self._train_path, self._eval_path = folder / TRAIN_METRICS, folder / EVAL_METRICS
-        kept = [_cut_off_after(last_step, path) for path in (self._train_path, self._eval_path)]
-        if kept[0] != last_step:
-            log.warning("%s tells of %d steps only; training goes on after %d", self._train_path, kept[0], last_step)
-        self._train = self._train_path.open("a", encoding="utf-8", buffering=1)
-        self._eval = self._eval_path.open("a", encoding="utf-8", buffering=1)
+        kept = _cut_off_after(last_step, self._train_path)
+        if kept != last_step:
+            log.warning("%s tells of %d steps only; training goes on after %d", self._train_path, kept, last_step)
+        _cut_off_after(validated_step, self._eval_path)
+        with writing(folder):
+            # Without buffers, in which a line would wait that the disk has not taken.
+            self._train = self._train_path.open("ab", buffering=0)
+            self._eval = self._eval_path.open("ab", buffering=0)
         self._listeners = listeners
         self._step_began = time.perf_counter()
 
@@ -67,7 +78,7 @@ class Recorder:
             "due": sorted(due),
             "update_counts": list(self.update_counts),
         }
-        self._train.write(json.dumps(line, allow_nan=False) + "\n")
+        _append(self._train, line)
         for listener in self._listeners:
             listener.on_step(line)
         self._step_began = time.perf_counter()
@@ -75,10 +86,16 @@ class Recorder:
     def validation(self, step: int, loss: Loss, best: bool) -> None:
         """Record a validation after a step."""
         line = {"step": step, "valid_loss": loss.mean, "tokens": loss.tokens, "best": best}
-        self._eval.write(json.dumps(line, allow_nan=False) + "\n")
+        _append(self._eval, line)
         for listener in self._listeners:
             listener.on_validation(line)
         self._step_began = time.perf_counter()
+
+    def sync(self) -> None:
+        """Make sure that all lines are on the disk, as a checkpoint that comes after them will be."""
+        for file in (self._train, self._eval):
+            with writing(Path(file.name)):
+                os.fsync(file.fileno())
 
     def replay(self, listener: Listener) -> None:
         """Let a listener hear of all that the files tell."""
@@ -94,6 +111,13 @@ class Recorder:
     ) -> None:
         self._train.close()
         self._eval.close()
+
+
+def _append(file: FileIO, line: dict[str, Any]) -> None:
+    left = json.dumps(line, allow_nan=False).encode() + b"\n"
+    with writing(Path(str(file.name))):
+        while left:
+            left = left[file.write(left) :]
 
 
 def lines_until(step: int, lines: Iterable[str]) -> Iterator[str]:

@@ -24,7 +24,7 @@ from nestune.runs import RunPaths
 from nestune.stages.evaluate import evaluate
 from nestune.training.checkpoints import Checkpoints
 from nestune.training.recorder import Recorder
-from nestune.training.stopping import BestLoss
+from nestune.training.best_loss import BestLoss
 
 STEPS = 12
 NAMES = ["zor", "mip", "tal", "kun", "lef", "bix"]

@@ -17,7 +17,7 @@ from nestune.training.checkpoints import (
     newest_checkpoint,
     refuse_other_checkpoints,
 )
-from nestune.training.stopping import BestLoss
+from nestune.training.best_loss import BestLoss
 
 CONFIG = configuration("torch", training={"steps": 8})
 DUMPED = CONFIG.model_dump(mode="json")

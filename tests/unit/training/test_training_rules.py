@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from nestune.config import EarlyStopping, TrainingConfig
 from nestune.training.learning_rate import learning_rate
-from nestune.training.stopping import BestLoss
+from nestune.training.best_loss import BestLoss
 
 
 def test_warm_up_is_system_a_s_rule() -> None:

@@ -8,20 +8,33 @@ from nestune.config import EarlyStopping
 
 
 class BestLoss:
-    """Follows the validation loss, in nats per token."""
+    """Follows the validation loss, in nats per token.
 
-    STATE = ("best_validation_loss", "reference_loss", "validations_without_improvement")
+    validated_step: the step after which the last validation was; best_step: that of the best one; 0: none yet.
+    """
+
+    STATE = (
+        "best_validation_loss",
+        "reference_loss",
+        "validations_without_improvement",
+        "validated_step",
+        "best_step",
+    )
 
     def __init__(self, stopping: EarlyStopping | None) -> None:
         self.loss = math.inf
+        self.validated_step = 0
+        self.best_step = 0
         self._stopping = stopping
         self._reference = math.inf
         self._since_improvement = 0
 
-    def update(self, loss: float) -> bool:
-        """Take the next validation loss; True when it is the lowest so far."""
+    def update(self, step: int, loss: float) -> bool:
+        """Take the loss of the validation after a step; True when it is the lowest so far."""
         best = loss < self.loss
-        self.loss = min(self.loss, loss)
+        self.validated_step = step
+        if best:
+            self.loss, self.best_step = loss, step
         min_delta = self._stopping.min_delta if self._stopping else 0.0
         if loss < self._reference - min_delta:
             self._reference, self._since_improvement = loss, 0
@@ -37,9 +50,12 @@ class BestLoss:
     def state(self) -> dict[str, float | int | None]:
         """All that it remembers, by the names in STATE; None stands for infinity, which JSON does not have."""
         losses = (loss if math.isfinite(loss) else None for loss in (self.loss, self._reference))
-        return dict(zip(self.STATE, (*losses, self._since_improvement), strict=True))
+        numbers = (self._since_improvement, self.validated_step, self.best_step)
+        return dict(zip(self.STATE, (*losses, *numbers), strict=True))
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state`, which may hold more besides."""
-        loss, reference, self._since_improvement = (state[key] for key in self.STATE)
+        loss, reference, self._since_improvement, self.validated_step, self.best_step = (
+            state[key] for key in self.STATE
+        )
         self.loss, self._reference = (math.inf if value is None else value for value in (loss, reference))

@@ -1,0 +1,114 @@
+"""Locks of the operating system: held by one process at a time, and never by one that has died.
+
+The kernel lets go of a lock when its process ends, however it ends; nothing expires, and no server is asked.
+"""
+
+import fcntl
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from nestune.errors import BusyError
+from nestune.files import writing
+
+# Whoever only looks at a lock holds it for a moment.
+PATIENCE_S = 0.5
+ASK_EVERY_S = 0.05
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The process that holds a lock: what it runs, since when (ISO 8601); `token` is another one for each time."""
+
+    pid: int
+    host: str
+    command: str
+    since: str
+    token: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host} ({self.command}, since {self.since})"
+
+
+UNKNOWN = Owner(0, "this machine", "it has not said what", "just now", "")
+
+
+@contextmanager
+def held(
+    path: Path, command: str, what: str, waiting: Callable[[Owner], None] | None = None, remedy: str = ""
+) -> Iterator[Owner]:
+    """Hold a lock while the block runs; `what` it protects is for the message.
+
+    While another process has it, `waiting` is called again and again with its owner. Without `waiting`, raises
+    BusyError, with the remedy. Raises StorageError where the lock's file cannot be written.
+    """
+    handle = _acquire(path, what, waiting, remedy)
+    try:
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        owner = Owner(os.getpid(), socket.gethostname(), command, since, uuid.uuid4().hex)
+        with writing(path):
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, json.dumps(asdict(owner)).encode(), 0)
+        yield owner
+    finally:
+        os.close(handle)
+
+
+def owner_of(path: Path) -> Owner | None:
+    """The process that holds a lock now; None when none does."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None
+    except BlockingIOError:
+        return _read(path)
+    finally:
+        os.close(handle)
+
+
+def _acquire(path: Path, what: str, waiting: Callable[[Owner], None] | None, remedy: str) -> int:
+    give_up_at = time.monotonic() + PATIENCE_S
+    while (handle := _try(path)) is None:
+        owner = owner_of(path)
+        if owner is not None and time.monotonic() > give_up_at:
+            if waiting is None:
+                raise BusyError(f"{what} is in use by {owner}. {remedy or 'Wait for it to end'}.")
+            waiting(owner)
+        time.sleep(ASK_EVERY_S)
+    return handle
+
+
+def _try(path: Path) -> int | None:
+    """An open file that holds the lock; None while another process has it."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Who held it before may have deleted the file since it was opened.
+            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+                return handle
+        except BlockingIOError:
+            pass
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+        return None
+
+
+def _read(path: Path) -> Owner:
+    try:
+        return Owner(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return UNKNOWN

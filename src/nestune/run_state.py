@@ -1,0 +1,152 @@
+"""Who is at work on a run, on which stage, and how that ended; told by locks, so that no dead run looks alive."""
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Literal
+
+from nestune.errors import BusyError, InputError, NestuneError, RunError, StoppedError, StorageError
+from nestune.files import read_json, remove, tidy, write_bytes, write_json
+from nestune.locks import Owner, held, owner_of
+from nestune.runs import RunPaths
+
+State = Literal["new", "starting", "running", "finished", "stopped", "failed", "crashed"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunState:
+    """How a run stands.
+
+    state: `running` and `starting` have a living owner; `crashed`: its process died without a word. reason: of a run
+    that was stopped or failed. since: when this state began, ISO 8601. flow_run: the id of its Prefect flow run.
+    """
+
+    state: State
+    stage: str | None = None
+    owner: Owner | None = None
+    reason: str | None = None
+    since: str | None = None
+    flow_run: str | None = None
+
+
+@contextmanager
+def owned(run: RunPaths, command: str) -> Iterator[Owner]:
+    """Be the only process at work on a run while the block runs; what a killed one left unfinished is ended first.
+
+    Raises BusyError, with its process id, when another process is at work on it, and StorageError when its folder
+    cannot be written. A folder in which nothing was written goes again.
+    """
+    remedy = f"Wait for it to end, or end it: nestune stop {run.root.name}"
+    try:
+        with held(run.lock, command, f"run {run.root.name}", remedy=remedy) as owner:
+            tidy(run.root)
+            if stop_token(run) != owner.token:
+                remove(run.stop_request)
+            try:
+                yield owner
+            finally:
+                if stop_token(run) == owner.token:
+                    remove(run.stop_request)
+                if [*run.root.iterdir()] == [run.lock]:
+                    run.lock.unlink()
+    finally:
+        if run.root.is_dir() and not any(run.root.iterdir()):
+            run.root.rmdir()
+
+
+@contextmanager
+def recorded(run: RunPaths, stage: str, flow_run: str | None = None) -> Iterator[None]:
+    """Note in the run's folder that its owner is at a stage, and how that ends.
+
+    Wrong input leaves what was noted before. flow_run: the id of the Prefect flow run that it is part of.
+    """
+    before = run.state.read_bytes() if run.state.exists() else None
+    _note(run, RunState("running", stage, owner_of(run.lock), flow_run=flow_run))
+    try:
+        yield
+    except InputError:
+        _restore(run, before)
+        raise
+    except BaseException as error:
+        _note_end(run, RunState(*_how(error, stage), flow_run=flow_run))
+        raise
+    _note(run, RunState("finished", stage, flow_run=flow_run))
+
+
+def read_state(run: RunPaths) -> RunState:
+    """How a run stands now."""
+    owner = owner_of(run.lock)
+    noted = _read(run)
+    if owner is not None:
+        mine = noted.owner is not None and noted.owner.token == owner.token
+        since = noted.since if mine else owner.since
+        return RunState("running" if mine else "starting", noted.stage if mine else None, owner, None, since)
+    if noted.state == "running":
+        reason = f"{noted.owner} ended without a word: it was killed, ran out of memory, or the machine went down"
+        return RunState("crashed", noted.stage, noted.owner, reason, noted.since, noted.flow_run)
+    return noted
+
+
+def note_crashed(run: RunPaths, state: RunState) -> None:
+    """Note for good that a run crashed, unless somebody is at work on it again."""
+    try:
+        with held(run.lock, "nestune status", f"run {run.root.name}"):
+            _note_end(run, state)
+    except (BusyError, StorageError) as error:
+        log.warning("%s", error)
+
+
+def stop_token(run: RunPaths) -> str | None:
+    """The token of the owner that is asked to stop; None when nobody is."""
+    if not run.stop_request.exists():
+        return None
+    try:
+        return str(read_json(run.stop_request, "", keys=["token"])["token"])
+    except RunError:
+        return None
+
+
+def _how(error: BaseException, stage: str) -> tuple[State, str, None, str]:
+    """State, stage and reason after an exception."""
+    # A signal is passed on once the run has stopped for it.
+    stopped = error if isinstance(error, StoppedError) else error.__context__
+    if isinstance(stopped, StoppedError):
+        return "stopped", stage, None, str(stopped)
+    if not isinstance(error, Exception):
+        return "stopped", stage, None, "interrupted"
+    text = str(error) if isinstance(error, NestuneError) else f"{type(error).__name__}: {error}"
+    return "failed", stage, None, text
+
+
+def _note(run: RunPaths, state: RunState) -> None:
+    since = state.since or datetime.now(UTC).isoformat(timespec="seconds")
+    write_json(run.state, asdict(state) | {"since": since})
+
+
+def _note_end(run: RunPaths, state: RunState) -> None:
+    """As `_note`, where a fault must not hide another one."""
+    try:
+        _note(run, state)
+    except StorageError as error:
+        log.warning("%s", error)
+
+
+def _restore(run: RunPaths, before: bytes | None) -> None:
+    if before is None:
+        remove(run.state)
+    else:
+        write_bytes(run.state, before)
+
+
+def _read(run: RunPaths) -> RunState:
+    try:
+        content = json.loads(run.state.read_bytes())
+        owner = Owner(**content.pop("owner")) if content.get("owner") else content.pop("owner")
+        return RunState(**content, owner=owner)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return RunState("new")
