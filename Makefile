@@ -12,7 +12,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DVC_NO_ANALYTICS := 1
 export DO_NOT_TRACK := true
 
-.PHONY: setup demo test lint bench ui prefect clean
+.PHONY: setup demo test test-services lint bench ui prefect clean
 
 setup: $(VENV)/installed
 
@@ -29,6 +29,10 @@ demo: setup
 test: setup lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
+# With real servers, and disks that are really full: some minutes more, and as root, which mounting needs.
+test-services: setup
+	$(BIN)/python -m pytest -m services tests/services
+
 lint: setup
 	$(BIN)/ruff check src flows demo tests benchmarks
 	$(BIN)/ruff format --check src flows demo tests benchmarks
@@ -36,10 +40,12 @@ lint: setup
 	$(BIN)/mypy benchmarks
 	$(BIN)/lint-imports
 
-# What is claimed of cost, measured; fails where a bar is missed. About twenty minutes.
+# What is claimed of cost, measured; fails where a bar is missed. An hour or so.
 bench: setup
 	$(BIN)/python benchmarks/tier_cost.py
 	$(BIN)/python benchmarks/backends.py
+	$(BIN)/python benchmarks/kill.py --kills 100 --backend torch
+	$(BIN)/python benchmarks/kill.py --kills 100 --backend mlx
 
 # The pages, on this machine only: MLflow at port 5000, Prefect at port 4200.
 ui: setup

@@ -42,6 +42,7 @@ def owned(run: RunPaths, command: str) -> Iterator[Owner]:
     cannot be written. A folder in which nothing was written goes again.
     """
     remedy = f"Wait for it to end, or end it: nestune stop {run.root.name}"
+    made = [folder for folder in (run.root, *run.root.parents) if not folder.exists()]
     try:
         with held(run.lock, command, f"run {run.root.name}", remedy=remedy) as owner:
             tidy(run.root)
@@ -55,8 +56,9 @@ def owned(run: RunPaths, command: str) -> Iterator[Owner]:
                 if [*run.root.iterdir()] == [run.lock]:
                     run.lock.unlink()
     finally:
-        if run.root.is_dir() and not any(run.root.iterdir()):
-            run.root.rmdir()
+        for folder in made:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
 
 
 @contextmanager

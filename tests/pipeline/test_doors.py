@@ -15,6 +15,8 @@ from tests.pipeline.conftest import ROOT, Configured, run_python
 from nestune import cli
 from nestune.backends.adapters import adapter_files
 from nestune.files import sha256_file
+from nestune.runs import RunPaths
+from nestune.training.checkpoints import newest_checkpoint
 
 ADAPTER = "checkpoints/final/adapter_model.safetensors"
 
@@ -76,7 +78,7 @@ def test_a_training_that_fails_leaves_the_adapter_that_was_there(
     assert "training diverged" in capsys.readouterr().err
     after = {file: sha256_file(file) for file in before if file.exists()}
     changed = {file.name for file in before if after.get(file) != before[file]}
-    assert changed == {"config.yaml"}
+    assert changed == {"config.yaml", ".lock", "state.json"}
 
 
 def test_a_training_that_was_interrupted_is_not_evaluated(
@@ -102,6 +104,9 @@ def test_a_training_that_is_asked_to_end_ends_its_tracked_run(configured: Config
             time.sleep(0.2)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    checkpoint = newest_checkpoint(RunPaths.of("demo-nestune"))
+    assert checkpoint is not None
+    assert checkpoint.step == len(Path("runs/demo-nestune/metrics/train_metrics.jsonl").read_text().splitlines())
     tracking = json.loads(Path("runs/demo-nestune/tracking.json").read_text())
     from mlflow import MlflowClient
 

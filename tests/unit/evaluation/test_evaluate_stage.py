@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,14 +18,14 @@ from nestune.data.dataset import load_dataset
 from nestune.data.tokens import load_tokenizer
 from nestune.data.validation import build_dataset
 from nestune.errors import ConfigError, RunError
-from nestune.files import read_json, sha256_file, write_json
+from nestune.files import SEAL, read_json, seal, sha256_file, write_json
 from nestune.registry.connection import connect, find_experiment
 from nestune.registry.versions import promote_version, register_version
 from nestune.runs import RunPaths
 from nestune.stages.evaluate import evaluate
+from nestune.training.best_loss import BestLoss
 from nestune.training.checkpoints import Checkpoints
 from nestune.training.recorder import Recorder
-from nestune.training.best_loss import BestLoss
 
 STEPS = 12
 NAMES = ["zor", "mip", "tal", "kun", "lef", "bix"]
@@ -98,7 +99,7 @@ def run(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunPaths
             recorder.step(step, backend.train_step(next(steps), due, 0.02), due, 0.02)
         valid = backend.loss(evaluation_batches(dataset.valid, 4, tokenizer.pad_token_id))
         best = BestLoss(config.training.early_stopping)
-        recorder.validation(STEPS, valid, best.update(valid.mean))
+        recorder.validation(STEPS, valid, best.update(STEPS, valid.mean))
         for name in ("best", "final"):
             Checkpoints(run.checkpoints, backend, base, config, dataset.sha256).save(name, best)
     return run
@@ -120,11 +121,18 @@ def champion(config: RunConfig, run: RunPaths) -> Iterator[str]:
     client.delete_registered_model_alias(config.registry.registered_model, "champion")
 
 
+def resaved(metadata: Path, **changed: Any) -> None:
+    """Let a checkpoint's metadata say something else, as if it had been saved so."""
+    write_json(metadata, json.loads(metadata.read_text()) | changed)
+    (metadata.parent / SEAL).unlink(missing_ok=True)
+    seal(metadata.parent)
+
+
 def as_trained_with(config: RunConfig, run: RunPaths, copy: Path) -> RunPaths:
     """A copy of the run whose checkpoints say that this configuration trained them."""
     shutil.copytree(run.root, copy)
     for metadata in RunPaths(copy).checkpoints.glob("*/metadata.json"):
-        write_json(metadata, {**json.loads(metadata.read_text()), "config": config.model_dump(mode="json")})
+        resaved(metadata, config=config.model_dump(mode="json"))
     return RunPaths(copy)
 
 
@@ -221,12 +229,12 @@ def test_an_evaluation_that_fails_leaves_the_last_one_as_it_was(config: RunConfi
     evaluate(config, run)
     before = contents(run.evaluation)
     metadata = run.checkpoints / "best" / "metadata.json"
-    content = metadata.read_text()
-    write_json(metadata, {**json.loads(content), "base": {"reference": "elsewhere", "sha256": "0" * 64}})
+    kept = json.loads(metadata.read_text())["base"]
+    resaved(metadata, base={"reference": "elsewhere", "sha256": "0" * 64})
     try:
         with pytest.raises(ConfigError, match="elsewhere"):
             evaluate(config, run)
     finally:
-        metadata.write_text(content)
+        resaved(metadata, base=kept)
     assert contents(run.evaluation) == before
     assert [path.name for path in run.root.iterdir() if path.name.endswith(".tmp")] == []

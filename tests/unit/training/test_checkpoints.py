@@ -1,64 +1,22 @@
-"""Which checkpoint a run is at, and which configuration may go on from it, replace it, or evaluate it."""
+"""Which checkpoint a run is at; which of them are broken, and what is done without those."""
 
 import json
+import logging
 from pathlib import Path
-from typing import Any
 
 import pytest
-from tests.contract.conftest import configuration
+from checkpoint_folders import CONFIG, write_checkpoint
 
-from nestune.config import RunConfig
-from nestune.errors import ConfigError, RunError
-from nestune.files import sha256_file, write_bytes, write_json
+from nestune.errors import RunError
+from nestune.files import SEAL, seal, sha256_file, write_json
 from nestune.runs import RunPaths
-from nestune.training.checkpoints import (
-    check_trained,
-    checkpoint_to_go_on_from,
-    newest_checkpoint,
-    refuse_other_checkpoints,
-)
 from nestune.training.best_loss import BestLoss
-
-CONFIG = configuration("torch", training={"steps": 8})
-DUMPED = CONFIG.model_dump(mode="json")
-SHAPING = [
-    f"{block}.{key}" for block in ("model", "lora", "data", "tiers", "retention", "training") for key in DUMPED[block]
-]
-ON_THE_WAY = {
-    "model.backend",
-    "data.retention",
-    "training.steps",
-    "training.eval_every",
-    "training.checkpoint_every",
-    "training.keep_last",
-    "training.gradient_checkpointing",
-}
+from nestune.training.checkpoints import NEEDED, Checkpoints, newest_checkpoint, read_checkpoints
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunPaths:
     return RunPaths(tmp_path / "runs" / "contract")
-
-
-def write(run: RunPaths, name: str, step: int, **changed: Any) -> None:
-    """Write what a checkpoint says of itself; `block__key`: how it was configured otherwise."""
-    config = json.loads(json.dumps(DUMPED))
-    for path, value in changed.items():
-        block, _, key = path.partition("__")
-        config[block][key] = value
-    weights = run.checkpoints / name / "weights"
-    write_bytes(weights, name.encode())
-    hashes = {"weights": sha256_file(weights)}
-    metadata = {"step": step, "data_sha256": "0", "tier_statistics": {}, "backend": "torch", "config": config}
-    write_json(run.checkpoints / name / "metadata.json", metadata | {"sha256": hashes} | BestLoss(None).state())
-
-
-def refused(check: Any, run: RunPaths, config: RunConfig = CONFIG) -> bool:
-    try:
-        check(config, run)
-    except (ConfigError, RunError):
-        return True
-    return False
 
 
 @pytest.mark.parametrize(
@@ -76,85 +34,126 @@ def refused(check: Any, run: RunPaths, config: RunConfig = CONFIG) -> bool:
 )
 def test_the_newest_checkpoint_is_that_of_the_highest_step(run: RunPaths, steps: dict[str, int], expected: str) -> None:
     for name, step in steps.items():
-        write(run, name, step)
+        write_checkpoint(run, name, step)
     newest = newest_checkpoint(run)
     assert newest is not None
     assert (newest.folder, newest.step) == (run.checkpoints / expected, steps[expected])
 
 
-def test_a_run_without_a_checkpoint_has_nothing_to_go_on_from(run: RunPaths) -> None:
+def test_a_run_without_checkpoints_has_no_newest_one(run: RunPaths) -> None:
     assert newest_checkpoint(run) is None
-    with pytest.raises(
-        RunError, match=r"no checkpoint in .* to go on from\. Run nestune train --name contract without"
-    ):
-        checkpoint_to_go_on_from(CONFIG, run)
-    with pytest.raises(RunError, match=r"has not been run\. Run nestune train --name contract\."):
-        check_trained(CONFIG, run)
-    assert not refused(refuse_other_checkpoints, run)
 
 
-@pytest.mark.parametrize("key", SHAPING)
-def test_each_setting_that_shapes_training_may_be_another_only_where_that_changes_no_weight(
-    run: RunPaths, key: str
+@pytest.mark.parametrize("file", [*NEEDED, SEAL])
+@pytest.mark.parametrize("damage", ["empty", "truncated", "flipped", "deleted"])
+def test_a_broken_checkpoint_is_passed_over_and_that_is_told(
+    run: RunPaths, caplog: pytest.LogCaptureFixture, file: str, damage: str
 ) -> None:
-    write(run, "final", 8, **{key.replace(".", "__"): 4 if key == "training.steps" else "something else"})
-    assert refused(checkpoint_to_go_on_from, run) == (key not in ON_THE_WAY)
-    assert refused(refuse_other_checkpoints, run) == (key != "data.retention")
-    # What one backend has trained another evaluates.
-    assert refused(check_trained, run) == (key not in ("data.retention", "model.backend"))
+    write_checkpoint(run, "checkpoint_0000004", 4)
+    write_checkpoint(run, "checkpoint_0000008", 8)
+    path = run.checkpoints / "checkpoint_0000008" / file
+    content = path.read_bytes()
+    if damage == "deleted":
+        path.unlink()
+    else:
+        flipped = content[:-20] + bytes([content[-20] ^ 1]) + content[-19:]
+        path.write_bytes({"empty": b"", "truncated": content[: len(content) // 2], "flipped": flipped}[damage])
+    with caplog.at_level(logging.WARNING):
+        newest = newest_checkpoint(run)
+    assert newest is not None
+    assert newest.step == 4
+    assert "checkpoint is broken and is not used: " in caplog.text
+    # Where the seal itself says something else, what it says it of does not match.
+    assert f"{path.parent}: {file if (file, damage) != (SEAL, 'flipped') else ''}" in caplog.text
 
 
-@pytest.mark.parametrize(("left", "told"), [(b"of another run", "weights changed"), (None, "weights missing")])
-def test_files_that_are_not_those_that_were_saved_are_not_gone_on_from(
-    run: RunPaths, left: bytes | None, told: str
-) -> None:
-    write(run, "checkpoint_0000004", 4)
-    write(run, "final", 8)
-    weights = run.checkpoints / "final" / "weights"
-    weights.unlink()
-    if left is not None:
-        weights.write_bytes(left)
-    with pytest.raises(RunError, match=rf"final is not as it was saved after step 8: {told}\. .*delete that folder"):
-        checkpoint_to_go_on_from(CONFIG, run)
-
-
-def test_all_that_differs_is_told_with_its_values(run: RunPaths) -> None:
-    write(run, "checkpoint_0000004", 4, lora__rank=4, training__seed=3, training__steps=9)
-    with pytest.raises(ConfigError) as refusal:
-        checkpoint_to_go_on_from(CONFIG, run)
-    for told in (
-        "checkpoint_0000004 with another configuration",
-        "lora.rank was 4, now 8",
-        "training.seed was 3, now 0",
-        "training.steps was 9, now 8: it may only grow",
-        "only model.backend, training.checkpoint_every,",
-    ):
-        assert told in str(refusal.value)
-
-
-def test_a_checkpoint_without_a_setting_was_trained_by_another_version(run: RunPaths) -> None:
-    write(run, "final", 8)
+def test_metadata_that_says_too_little_is_broken(run: RunPaths) -> None:
+    write_checkpoint(run, "final", 8)
     path = run.checkpoints / "final" / "metadata.json"
-    metadata = json.loads(path.read_text())
-    del metadata["config"]["retention"], metadata["config"]["training"]["seed"]
-    write_json(path, metadata)
-    with pytest.raises(RunError, match=r"\(retention\.replay, training\.seed differ\)"):
-        check_trained(CONFIG, run)
+    write_json(path, {"step": 8})
+    (path.parent / SEAL).unlink()
+    seal(path.parent)
+    assert read_checkpoints(run)[0].faults == ("metadata.json says too little",)
 
 
-def test_a_training_that_goes_on_has_not_ended_until_it_has(run: RunPaths) -> None:
-    write(run, "final", 4, training__steps=4)
-    write(run, "best", 6)
-    with pytest.raises(RunError, match=r"to step 6, not to its end: .*best is the newest.* contract --resume\."):
-        check_trained(CONFIG, run)
-    write(run, "final", 8)
-    check_trained(CONFIG, run)
+def test_without_a_sound_one_nothing_is_begun_unasked(run: RunPaths) -> None:
+    for name, step in (("best", 4), ("checkpoint_0000006", 6)):
+        write_checkpoint(run, name, step)
+        (run.checkpoints / name / "metadata.json").write_text("{")
+    with pytest.raises(RunError, match=r"no checkpoint in .* can be used: .*metadata.json changed.* pass --force"):
+        newest_checkpoint(run)
 
 
-def test_metadata_that_cannot_be_read_is_told_with_the_folder_to_delete(run: RunPaths) -> None:
-    write(run, "best", 4)
-    folder = run.checkpoints / "checkpoint_0000006"
-    folder.mkdir()
-    (folder / "metadata.json").write_text("{")
-    with pytest.raises(RunError, match=rf"is not JSON.*Delete {folder}, or train again with --overwrite"):
-        checkpoint_to_go_on_from(CONFIG, run)
+def test_a_broken_best_is_replaced_by_its_twin(run: RunPaths, caplog: pytest.LogCaptureFixture) -> None:
+    write_checkpoint(run, "checkpoint_0000004", 4, best_step=4)
+    write_checkpoint(run, "best", 4, best_step=4)
+    write_checkpoint(run, "checkpoint_0000006", 6, best_step=4)
+    (run.checkpoints / "best" / NEEDED[1]).write_bytes(b"")
+    with caplog.at_level(logging.WARNING):
+        newest = newest_checkpoint(run)
+    assert newest is not None
+    assert newest.step == 6
+    assert "checkpoint_0000004 is taken in its place" in caplog.text
+    mended = {path.name: sha256_file(path) for path in (run.checkpoints / "best").iterdir()}
+    assert mended == {path.name: sha256_file(path) for path in (run.checkpoints / "checkpoint_0000004").iterdir()}
+
+
+def test_without_the_best_of_then_training_goes_on_from_before_it(run: RunPaths) -> None:
+    """From after it, the best weights would never come again."""
+    write_checkpoint(run, "checkpoint_0000002", 2, best_step=0)
+    write_checkpoint(run, "best", 4, best_step=4)
+    write_checkpoint(run, "checkpoint_0000006", 6, best_step=4)
+    (run.checkpoints / "best" / NEEDED[1]).write_bytes(b"")
+    newest = newest_checkpoint(run)
+    assert newest is not None
+    assert newest.step == 2
+
+
+class Saving(Checkpoints):
+    """Checkpoints of no backend."""
+
+    def __init__(self, run: RunPaths, keep_last: int, damage: bool = False) -> None:
+        training = CONFIG.training.model_copy(update={"keep_last": keep_last})
+        super().__init__(run.checkpoints, None, None, CONFIG.model_copy(update={"training": training}), "0")  # type: ignore[arg-type]
+        self.run, self.damage = run, damage
+
+    def save(self, name: str, best: BestLoss, on_the_way: bool = False) -> None:
+        write_checkpoint(self.run, name, int(name.partition("_")[2] or 99))
+        if on_the_way:
+            path = self.run.checkpoints / name / "metadata.json"
+            write_json(path, json.loads(path.read_text()) | {"on_the_way": True})
+            (path.parent / SEAL).unlink()
+            seal(path.parent)
+        if self.damage:
+            (self.run.checkpoints / name / NEEDED[1]).write_bytes(b"")
+
+
+def names(run: RunPaths) -> list[str]:
+    return sorted(path.name for path in run.checkpoints.iterdir())
+
+
+def test_the_newest_periodic_checkpoints_are_kept_by_step_not_by_name(run: RunPaths) -> None:
+    saving = Saving(run, keep_last=2)
+    for step in (9_999_998, 9_999_999, 10_000_000, 10_000_001):
+        saving.save_periodic(step, BestLoss(None))
+    assert names(run) == ["checkpoint_10000000", "checkpoint_10000001"]
+
+
+def test_nothing_is_deleted_for_one_that_cannot_be_read_back(run: RunPaths, caplog: pytest.LogCaptureFixture) -> None:
+    Saving(run, keep_last=1).save_periodic(4, BestLoss(None))
+    with caplog.at_level(logging.WARNING):
+        Saving(run, keep_last=1, damage=True).save_periodic(8, BestLoss(None))
+    assert names(run) == ["checkpoint_0000004", "checkpoint_0000008"]
+    assert "older checkpoints are kept" in caplog.text
+    newest = newest_checkpoint(run)
+    assert newest is not None
+    assert newest.step == 4
+
+
+def test_what_was_only_there_because_training_was_stopped_goes_when_it_has_ended(run: RunPaths) -> None:
+    saving = Saving(run, keep_last=3)
+    saving.save_periodic(4, BestLoss(None))
+    saving.save_stopped(6, BestLoss(None))
+    assert names(run) == ["checkpoint_0000004", "checkpoint_0000006"]
+    saving.save_final(BestLoss(None))
+    assert names(run) == ["checkpoint_0000004", "final"]

@@ -30,7 +30,7 @@ def record(folder: Path, steps: Sequence[int], validated: Sequence[int], heard: 
     """Record these steps as the loop does; returns how often each tier has moved in the end."""
     before = steps[0] - 1
     counts = [before // period for period in PERIODS]
-    with Recorder(folder, counts, [heard] if heard else [], before) as recorder:
+    with Recorder(folder, counts, [heard] if heard else [], before, before) as recorder:
         for step in steps:
             due = frozenset(tier for tier, period in enumerate(PERIODS) if step % period == 0)
             recorder.step(step, StepResult(1 / step, 7, 9, 0.5), due, 1e-3)
@@ -95,7 +95,17 @@ def test_lines_after_one_that_is_no_json_are_cut_off_and_that_is_told(
 def test_a_listener_can_hear_later_of_all_that_is_written(tmp_path: Path) -> None:
     at_once, later = Heard(), Heard()
     record(tmp_path, range(1, 9), [4, 8], at_once)
-    with Recorder(tmp_path, [8, 4, 2], last_step=8) as recorder:
+    with Recorder(tmp_path, [8, 4, 2], last_step=8, validated_step=8) as recorder:
         recorder.replay(later)
     assert (later.steps, later.validations) == (at_once.steps, at_once.validations)
     assert [line["step"] for line in later.validations] == [4, 8]
+
+
+def test_a_validation_that_is_done_again_is_told_once(tmp_path: Path) -> None:
+    """A training that was stopped within the validation after a step has that step, and not yet its validation."""
+    record(tmp_path, range(1, 9), [4, 8])
+    with Recorder(tmp_path, [8, 4, 2], last_step=8, validated_step=4) as recorder:
+        assert steps_in(tmp_path / EVAL_METRICS) == [4]
+        recorder.validation(8, Loss(1.0, 4), best=False)
+    assert steps_in(tmp_path / TRAIN_METRICS) == list(range(1, 9))
+    assert steps_in(tmp_path / EVAL_METRICS) == [4, 8]

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nestune.config import EarlyStopping, TrainingConfig
-from nestune.training.learning_rate import learning_rate
 from nestune.training.best_loss import BestLoss
+from nestune.training.learning_rate import learning_rate
 
 
 def test_warm_up_is_system_a_s_rule() -> None:
@@ -38,16 +38,19 @@ def test_learning_rate_is_positive_and_never_above_the_configured(steps: int, wa
 
 def test_best_is_the_lowest_loss_so_far() -> None:
     best = BestLoss(None)
-    assert [best.update(loss) for loss in (3.0, 2.0, 2.5, 2.0, 1.9)] == [True, True, False, False, True]
-    assert best.loss == 1.9
+    assert [best.update(step, loss) for step, loss in enumerate((3.0, 2.0, 2.5, 2.0, 1.9), start=1)] == [
+        *(True, True, False, False),
+        True,
+    ]
+    assert (best.loss, best.best_step, best.validated_step) == (1.9, 5, 5)
     assert not best.should_stop
 
 
 def test_training_stops_after_patience_validations_without_improvement() -> None:
     best = BestLoss(EarlyStopping(patience=2, min_delta=0.1))
     stops = []
-    for loss in (3.0, 2.0, 1.95, 1.94):  # the last two fall by less than min_delta below 2.0
-        best.update(loss)
+    for step, loss in enumerate((3.0, 2.0, 1.95, 1.94)):  # the last two fall by less than min_delta below 2.0
+        best.update(step, loss)
         stops.append(best.should_stop)
     assert stops == [False, False, False, True]
     assert best.loss == 1.94
@@ -55,8 +58,8 @@ def test_training_stops_after_patience_validations_without_improvement() -> None
 
 def test_small_improvements_that_add_up_to_min_delta_keep_training_alive() -> None:
     best = BestLoss(EarlyStopping(patience=2, min_delta=0.1))
-    for loss in (2.0, 1.95, 1.89, 1.85, 1.78):
-        best.update(loss)
+    for step, loss in enumerate((2.0, 1.95, 1.89, 1.85, 1.78)):
+        best.update(step, loss)
         assert not best.should_stop
 
 
@@ -69,11 +72,11 @@ def test_what_is_restored_from_json_judges_every_further_loss_as_if_it_had_seen_
     losses: list[float], split: int, stopping: EarlyStopping | None
 ) -> None:
     whole, first, second = BestLoss(stopping), BestLoss(stopping), BestLoss(stopping)
-    for loss in losses[:split]:
-        whole.update(loss)
-        first.update(loss)
+    for step, loss in enumerate(losses[:split], start=1):
+        whole.update(step, loss)
+        first.update(step, loss)
     second.restore({"step": 3, **json.loads(json.dumps(first.state(), allow_nan=False))})
-    assert (second.loss, second.should_stop) == (whole.loss, whole.should_stop)
-    for loss in losses[split:]:
-        assert second.update(loss) == whole.update(loss)
-        assert (second.loss, second.should_stop) == (whole.loss, whole.should_stop)
+    assert second.state() == whole.state()
+    for step, loss in enumerate(losses[split:], start=split + 1):
+        assert second.update(step, loss) == whole.update(step, loss)
+        assert (second.state(), second.should_stop) == (whole.state(), whole.should_stop)

@@ -2,18 +2,23 @@
 
 import hashlib
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from nestune.errors import RunError
+from nestune.errors import RunError, StorageError
 from nestune.files import (
-    continued,
-    kept_until_replaced,
+    SEAL,
     read_json,
     replaced_folder,
+    seal,
+    seal_faults,
     sha256_file,
     sha256_files,
+    tidy,
     write_json,
     write_text,
 )
@@ -72,66 +77,89 @@ def test_a_block_that_fails_leaves_no_folder_behind(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
-def make_anew(*paths: Path, fail: bool) -> None:
-    with kept_until_replaced(*paths):
-        for path in paths:
-            assert not path.exists()
-        write_text(paths[0] / "new", "new")
-        if fail:
-            raise RuntimeError("diverged")
+def test_tidying_removes_what_a_killed_process_was_writing_and_nothing_else(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for name in ("kept.json", ".lock", ".hidden", "checkpoints/best/weights", "notes.tmp", ".x.tmp"):
+        write_text(run / name, name)
+    before = sorted(path.relative_to(run) for path in run.rglob("*"))
+    write_text(run / ".report.json.0a1b2c3d.tmp", "half")
+    write_text(run / "checkpoints" / ".final.0a1b2c3d.tmp" / "weights", "half")
+    tidy(run)
+    assert sorted(path.relative_to(run) for path in run.rglob("*")) == before
 
 
-def test_what_is_set_aside_is_gone_once_the_new_is_complete(tmp_path: Path) -> None:
-    folder, file = tmp_path / "checkpoints", tmp_path / "tracking.json"
-    write_text(folder / "old", "old")
-    write_text(file, "old")
-    make_anew(folder, file, fail=False)
-    assert names(folder) == ["new"]
-    assert names(tmp_path) == ["checkpoints"]
+@pytest.mark.parametrize("replaced", [False, True])
+def test_an_old_folder_comes_back_unless_the_new_one_has_taken_its_place(tmp_path: Path, replaced: bool) -> None:
+    write_text(tmp_path / ".best.old" / "which", "old")
+    if replaced:
+        write_text(tmp_path / "best" / "which", "new")
+    tidy(tmp_path)
+    assert names(tmp_path) == ["best"]
+    assert (tmp_path / "best" / "which").read_text() == ("new" if replaced else "old")
 
 
-def test_what_is_set_aside_comes_back_when_the_new_fails(tmp_path: Path) -> None:
-    folder, file = tmp_path / "checkpoints", tmp_path / "tracking.json"
-    write_text(folder / "old", "old")
-    write_text(file, "old")
-    with pytest.raises(RuntimeError, match="diverged"):
-        make_anew(folder, file, fail=True)
-    assert names(folder) == ["old"]
-    assert file.read_text() == "old"
-    assert names(tmp_path) == ["checkpoints", "tracking.json"]
+def sealed(folder: Path) -> Path:
+    write_text(folder / "a", "alpha")
+    write_text(folder / "b", "beta")
+    seal(folder)
+    return folder
 
 
-def test_what_a_first_attempt_made_stays_when_it_fails(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="diverged"):
-        make_anew(tmp_path / "checkpoints", fail=True)
-    assert names(tmp_path / "checkpoints") == ["new"]
+def test_a_sealed_folder_has_no_faults_and_each_change_is_one(tmp_path: Path) -> None:
+    folder = sealed(tmp_path / "sealed")
+    assert seal_faults(folder, ["a", "b"]) == []
+    assert seal_faults(folder, ["a", "c"]) == ["c missing"]
+    (folder / "a").write_text("alphA")
+    (folder / "b").unlink()
+    assert seal_faults(folder, ["a", "b"]) == ["b missing", "a changed"]
 
 
-def test_what_a_killed_process_set_aside_comes_back_before_the_next_attempt(tmp_path: Path) -> None:
-    write_text(tmp_path / ".checkpoints.previous" / "old", "old")
-    write_text(tmp_path / "checkpoints" / "half", "half")
-    with pytest.raises(RuntimeError, match="diverged"):
-        make_anew(tmp_path / "checkpoints", fail=True)
-    assert names(tmp_path) == ["checkpoints"]
-    assert names(tmp_path / "checkpoints") == ["old"]
+@given(place=st.integers(0, 10_000), bit=st.integers(0, 7), kind=st.sampled_from(["flip", "cut", "empty"]))
+def test_no_damage_to_any_file_of_a_sealed_folder_stays_unseen(place: int, bit: int, kind: str) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = sealed(Path(scratch, "sealed"))
+        files = sorted(folder.iterdir())
+        damaged = files[place % len(files)]
+        content = bytearray(damaged.read_bytes())
+        at = place % len(content)
+        if kind == "flip":
+            content[at] ^= 1 << bit
+        damaged.write_bytes(b"" if kind == "empty" else content[:at] if kind == "cut" else content)
+        # White space around JSON says nothing; what it says must be the same.
+        same = damaged.name == SEAL and _says_the_same(damaged, folder)
+        assert bool(seal_faults(folder, ["a", "b"])) != same
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_what_is_gone_on_with_stays_and_what_was_set_aside_before_goes_once_that_ends_well(
-    tmp_path: Path, fails: bool
-) -> None:
-    folder, aside = tmp_path / "checkpoints", tmp_path / ".checkpoints.previous"
-    write_text(aside / "old", "old")
-    write_text(folder / "begun", "begun")
+def _says_the_same(damaged: Path, folder: Path) -> bool:
     try:
-        with continued(folder, tmp_path / "tracking.json"):
-            write_text(folder / "more", "more")
-            if fails:
-                raise RuntimeError("diverged")
-    except RuntimeError:
+        content = json.loads(damaged.read_bytes())
+    except ValueError:
+        return False
+    return bool(content == {"files": {name: sha256_file(folder / name) for name in ("a", "b")}})
+
+
+def test_a_seal_names_no_file_outside_of_its_folder(tmp_path: Path) -> None:
+    folder = sealed(tmp_path / "sealed")
+    write_text(tmp_path / "secret", "secret")
+    for name in ("../secret", str(tmp_path / "secret")):
+        hashes = {name: sha256_file(tmp_path / "secret"), **read_json(folder / SEAL, "")["files"]}
+        write_json(folder / SEAL, {"files": hashes})
+        assert seal_faults(folder, ["a"]) == [f"{SEAL} broken"]
+
+
+def test_a_place_that_cannot_be_written_is_told_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "taken").touch()
+    target = tmp_path / "taken" / "report.json"
+    told = rf"cannot write {target}: (File exists|Not a directory)\..*same command goes on"
+    with pytest.raises(StorageError, match=told):
+        write_text(target, "x")
+    with pytest.raises(StorageError, match=told), replaced_folder(target):
         pass
-    assert names(folder) == ["begun", "more"]
-    assert aside.exists() == fails
+
+
+def test_a_fault_of_the_block_is_not_taken_for_one_of_writing(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), replaced_folder(tmp_path / "out"):
+        (tmp_path / "nowhere").read_bytes()
 
 
 def test_a_file_of_a_run_that_lacks_a_key_names_it(tmp_path: Path) -> None:
