@@ -97,3 +97,22 @@ def test_importances_are_measured_once_however_often_dvc_runs_the_stage(copy: Pa
     change(copy, "layer_depth_reversed", "parameter_importance\n  importance: {steps: 2}")
     assert "importance: measured, 2 steps" in dvc(copy, "repro", "tiers")
     assert "importance: taken from the earlier pass, 2 steps" in dvc(copy, "repro", "--force", "--single-item", "tiers")
+
+
+def test_while_another_process_has_dvc_s_lock_nestune_works_and_dvc_waits_when_it_is_told_to(copy: Path) -> None:
+    hold = "import sys; from dvc.repo import Repo\nwith Repo().lock: print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", hold]
+    with subprocess.Popen(command, cwd=copy, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        config = ["--config", "configs/demo_nestune.yaml"]
+        subprocess.run([sys.executable, "-m", "nestune.cli", "validate", *config], cwd=copy, check=True)
+        waiting = subprocess.Popen(
+            [sys.executable, "-m", "dvc", "--wait-for-lock", "status"], cwd=copy, stdout=subprocess.PIPE, text=True
+        )
+        # Without being told to, it gives up after three seconds.
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiting.wait(timeout=6)
+        holder.communicate("")
+    assert "data.dvc" not in waiting.communicate(timeout=60)[0]
+    assert waiting.returncode == 0
