@@ -24,6 +24,7 @@ from nestune.tiers.tier_map import read_fitting_tier_map
 from nestune.training.best_loss import BestLoss
 from nestune.training.checkpoints import Checkpoint, Checkpoints, newest_checkpoint
 from nestune.training.loop import run_training
+from nestune.training.out_of_memory import told_out_of_memory
 from nestune.training.progress import ProgressBar
 from nestune.training.recorder import Recorder
 from nestune.training.replacement import forget_replaced, in_place_of_earlier
@@ -91,7 +92,8 @@ def train(config: RunConfig, run: RunPaths, force: bool = False, resume: bool = 
     never interrupted: to the bit on one backend. Checkpoints that are replaced stay until the new ones are complete.
 
     Raises what `check_before_training` raises; RunError when an earlier stage is missing or its files have changed, or
-    when training diverges; StoppedError, with a checkpoint of where it was, when the run is asked to stop.
+    when training diverges or finds no memory; StoppedError, with a checkpoint of where it was, when the run is asked to
+    stop.
     """
     checkpoint = check_before_training(config, run, force, resume)
     inputs = read_training_inputs(config, run)
@@ -110,7 +112,7 @@ def train(config: RunConfig, run: RunPaths, force: bool = False, resume: bool = 
     alone = accelerator_held(
         accelerator(choice), f"nestune train --name {config.name}", config.training.when_busy, stop.check
     )
-    with signals_stop(stop), alone:
+    with signals_stop(stop), alone, told_out_of_memory():
         trains_on = _train(config, run, inputs, choice, checkpoint, best, stop)
     record_stage(run, "train", [run.config, run.dataset, run.tiers], [run.checkpoints, run.metrics])
     return _result(config, run, best, trains_on, checkpoint.step if checkpoint else None)
