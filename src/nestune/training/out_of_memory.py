@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from nestune.errors import RunError
 
-# What the frameworks say: CUDA, PyTorch on the CPU, MLX.
+# What the frameworks say: CUDA, PyTorch on the CPU, MLX on Metal. (MLX on the CPU dies without a word.)
 SAYINGS = ("out of memory", "can't allocate memory", "unable to allocate", "attempting to allocate")
 
 

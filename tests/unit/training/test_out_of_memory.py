@@ -14,16 +14,11 @@ def on_torch() -> None:
     torch.empty(2**50)
 
 
-def on_mlx() -> None:
-    mx = pytest.importorskip("mlx.core")
-    mx.eval(mx.zeros((2**20, 2**20, 2**10)))
-
-
 def with_numpy() -> None:
     np.zeros(2**50)
 
 
-@pytest.mark.parametrize("allocate", [on_torch, on_mlx, with_numpy])
+@pytest.mark.parametrize("allocate", [on_torch, with_numpy])
 def test_a_machine_without_memory_is_told_with_what_to_do(allocate: Callable[[], None]) -> None:
     with (
         pytest.raises(RunError, match=r"not enough memory: .+ training\.gradient_checkpointing=true"),
