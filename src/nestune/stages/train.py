@@ -12,7 +12,8 @@ from nestune.config import RunConfig, dump_config
 from nestune.data.batches import evaluation_batches
 from nestune.errors import ConfigError, RunError
 from nestune.files import continued, kept_until_replaced, sha256_file, write_text
-from nestune.registry.tracking import TrackedRun, tracked_run
+from nestune.registry.mirror import metrics_of_step, metrics_of_validation
+from nestune.registry.tracking import TrackedRun, send_what_is_missing, tracked_run
 from nestune.registry.versions import fitting_champion, resolve_adapter
 from nestune.runs import RunPaths, record_stage
 from nestune.stages.inputs import TrainingInputs, read_training_inputs, tier_map_depends_on
@@ -97,6 +98,7 @@ def train(config: RunConfig, run: RunPaths, overwrite: bool = False, resume: boo
     if checkpoint is not None:
         best.restore(checkpoint.metadata)
         if checkpoint.is_final and (best.should_stop or checkpoint.step == config.training.steps):
+            send_what_is_missing(config, run)
             return _result(config, run, best, checkpoint.metadata["backend"], checkpoint.step)
     inputs = read_training_inputs(config, run)
     if checkpoint is not None:
@@ -128,11 +130,9 @@ def train(config: RunConfig, run: RunPaths, overwrite: bool = False, resume: boo
         ProgressBar(config.training.steps, taken=state.steps) as bar,
     ):
         bar.say(f"backend: {trains_on}")
-        tracker = _Tracker(tracked)
-        with Recorder(run.metrics, state.updates, [bar, tracker], state.steps) as recorder:
+        with Recorder(run.metrics, state.updates, [bar, _Tracker(tracked)], state.steps) as recorder:
             if checkpoint is not None:
                 bar.say(f"going on after step {checkpoint.step}, from {checkpoint.folder}")
-                recorder.replay(tracker)
             run_training(backend, schedule, steps, valid, config.training, recorder, best, checkpoints)
     record_stage(run, "train", [run.config, run.dataset, run.tiers], [run.checkpoints, run.metrics])
     return _result(config, run, best, trains_on, checkpoint.step if checkpoint else None)
@@ -170,9 +170,7 @@ class _Tracker:
         self._tracked = tracked
 
     def on_step(self, line: dict[str, Any]) -> None:
-        counts = {f"updates/tier_{tier}": count for tier, count in enumerate(line["update_counts"])}
-        numbers = {f"train/{key}": line[key] for key in ("loss", "learning_rate", "grad_norm", "tokens_per_s")}
-        self._tracked.log_metrics(line["step"], numbers | counts)
+        self._tracked.log_metrics(line["step"], metrics_of_step(line))
 
     def on_validation(self, line: dict[str, Any]) -> None:
-        self._tracked.log_metrics(line["step"], {"valid/loss": line["valid_loss"]})
+        self._tracked.log_metrics(line["step"], metrics_of_validation(line))
