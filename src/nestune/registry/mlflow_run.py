@@ -1,7 +1,6 @@
 """An MLflow run that answers: made once, with the configuration that was asked for, and the files that it leaves."""
 
 import json
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -91,9 +90,10 @@ class MlflowRun:
             return dict(self.client.get_run(self.run_id).data.tags)
 
     def is_running(self) -> bool:
-        """Whether MLflow says that the run goes on."""
+        """Whether MLflow shows the run, and as one that goes on."""
         with speaking_to(self.uri):
-            return bool(self.client.get_run(self.run_id).info.status == "RUNNING")
+            info = self.client.get_run(self.run_id).info
+        return bool(info.status == "RUNNING" and info.lifecycle_stage == "active")
 
     def go_on(self) -> None:
         """Let the run be shown as running again."""
@@ -125,7 +125,11 @@ def open_run(config: RunConfig, run: RunPaths, note: TrackingNote) -> tuple[Mlfl
     client, uri = connect(config.registry), tracking_uri(config.registry)
     with impatience(), unrepeated():
         if note.run_id is not None:
-            _check_known(client, uri, run, note)
+            if not is_known(client, uri, note.run_id):
+                raise UnknownRunError(
+                    f"{run.tracking} says the run is tracked as {note.run_id} at {note.tracking_uri}, but {uri} does "
+                    f"not have it. Correct registry.tracking_uri, or delete {run.tracking} to track it anew."
+                )
             return MlflowRun(client, uri, note.run_id), note
         with speaking_to(uri):
             experiment_id = find_experiment(client, config.registry)
@@ -136,7 +140,7 @@ def open_run(config: RunConfig, run: RunPaths, note: TrackingNote) -> tuple[Mlfl
         opened = MlflowRun(client, uri, run_id)
         opened.set_configuration(config)
     note = note.but(run_id=run_id, tracking_uri=uri, experiment=config.registry.experiment)
-    write_note(run, note)
+    write_note(run.tracking, note)
     return opened, note
 
 
@@ -146,19 +150,18 @@ def run_with_key(client: Any, experiment_id: str, key: str) -> str | None:
     return str(found[0].info.run_id) if found else None
 
 
-def _check_known(client: Any, uri: str, run: RunPaths, note: TrackingNote) -> None:
+def is_known(client: Any, uri: str, run_id: str) -> bool:
+    """Whether MLflow has a run of that id."""
     from mlflow.exceptions import MlflowException
 
     with speaking_to(uri):
         try:
-            client.get_run(note.run_id)
+            client.get_run(run_id)
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
-            raise UnknownRunError(
-                f"{run.tracking} says the run is tracked as {note.run_id} at {note.tracking_uri}, but {uri} "
-                f"does not have it. Correct registry.tracking_uri, or delete {run.tracking} to track it anew."
-            ) from None
+            return False
+    return True
 
 
 def flatten(block: BaseModel, prefix: str = "") -> dict[str, str]:
@@ -171,13 +174,3 @@ def flatten(block: BaseModel, prefix: str = "") -> dict[str, str]:
         else:
             flat[prefix + key] = value if isinstance(value, str) else json.dumps(value)
     return flat
-
-
-def git_commit() -> str:
-    """The commit of the current folder, with `-dirty` where tracked files differ from it; `none` outside of git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        said = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "none"
-    return said.stdout.strip()

@@ -11,13 +11,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
-from nestune.config import RegistryConfig, RunConfig
+from nestune.config import RunConfig
 from nestune.errors import RunError, ServiceError
-from nestune.registry.connection import connect, impatience, speaking_to, tracking_uri
+from nestune.registry.connection import impatience, speaking_to, tracking_uri
 from nestune.registry.mirror import Outbox, StepMetrics, recorded_metrics
-from nestune.registry.mlflow_run import MlflowRun, UnknownRunError, git_commit, open_run, run_with_key
-from nestune.registry.tracking_note import Status, TrackingNote, new_note, read_note, write_note
-from nestune.registry.versions import pin_adapter
+from nestune.registry.mlflow_run import MlflowRun, UnknownRunError, open_run
+from nestune.registry.tracking_note import (
+    Status,
+    TrackingNote,
+    git_commit,
+    keep_untold,
+    note_of_training,
+    read_note,
+    write_note,
+)
 from nestune.runs import RunPaths
 
 SEND_EVERY_S = 2.0
@@ -40,7 +47,7 @@ class TrackedRun:
     def __init__(self, config: RunConfig, run: RunPaths, tags: Mapping[str, str], goes_on: bool = False) -> None:
         self.mlflow_run: MlflowRun | None = None
         self._config, self._run, self._goes_on = config, run, goes_on
-        self._tags = {**tags, "git_commit": git_commit()}
+        self._tags = dict(tags)
         self._outbox = Outbox(partial(recorded_metrics, run.metrics), sent_before=goes_on)
         self._is_down = False
         # Written before MLflow is asked, so that whoever comes later finds what was made there.
@@ -81,18 +88,20 @@ class TrackedRun:
             self._keep_note(complete=not self._outbox)
         except (RunError, OSError) as error:
             log.warning("%s What MLflow lacks is in %s and will be sent by register or train.", error, self._run.root)
+            if self._note.told is None:
+                keep_untold(self._run, self._note)
 
     def _first_note(self) -> TrackingNote:
         if self._goes_on:
             try:
-                return read_note(self._run)
+                return read_note(self._run.tracking)
             except RunError as error:
                 log.warning("%s It is tracked anew.", error)
         return note_of_training(self._config, self._tags)
 
     def _keep_note(self, **changes: object) -> None:
         self._note = self._note.but(**changes)
-        write_note(self._run, self._note)
+        write_note(self._run.tracking, self._note)
 
     def _open(self) -> MlflowRun:
         """Reach the MLflow run and let it say what is trained; raises RunError when it cannot be had now."""
@@ -110,7 +119,7 @@ class TrackedRun:
                 with impatience():
                     if was_known:
                         opened.set_configuration(self._config)
-                        opened.set_tags(self._tags)
+                        opened.set_tags({**self._tags, "git_commit": git_commit()})
                     opened.go_on()
             self.mlflow_run = opened
         return self.mlflow_run
@@ -162,76 +171,3 @@ def tracked_run(
         tracked.finish("KILLED")
         raise
     tracked.finish("FINISHED")
-
-
-def resume_tracking(config: RunConfig, run: RunPaths, tags: Mapping[str, str]) -> MlflowRun:
-    """The MLflow run of a training that has ended, with all its metrics; made now, tagged, where there is none.
-
-    Raises ServiceError when MLflow does not answer, RunError when it does not know the run.
-    """
-    if not run.tracking.exists():  # trained on another machine, say
-        write_note(run, note_of_training(config, {**tags, "git_commit": git_commit()}))
-    opened, note = open_run(config, run, read_note(run))
-    if not note.complete:
-        ended: Status = note.ended or ("FINISHED" if (run.checkpoints / "final").exists() else "KILLED")
-        opened.end(ended)
-        outbox = Outbox(partial(recorded_metrics, run.metrics), sent_before=True)
-        with speaking_to(opened.uri):
-            outbox.send(opened.client, opened.run_id)
-        write_note(run, note.but(ended=ended, told=ended, complete=True))
-    return opened
-
-
-def send_what_is_missing(config: RunConfig, run: RunPaths) -> None:
-    """Bring MLflow up to date with a training that has ended; does nothing where MLflow has all, or was never told.
-
-    A server that is down is warned of.
-    """
-    if not run.tracking.exists():
-        return
-    try:
-        if not read_note(run).complete:
-            resume_tracking(config, run, {})
-    except RunError as error:
-        log.warning("%s MLflow lacks metrics of %s; they are sent with the next contact.", error, run.root)
-
-
-def mark_killed(run: RunPaths) -> bool:
-    """Let MLflow no longer show a run as running whose process is dead; True when it did so until now.
-
-    Without a `tracking.json`, and where MLflow was told of an end, MLflow is not asked. Raises ServiceError when it
-    does not answer.
-    """
-    if not run.tracking.exists():
-        return False
-    note = read_note(run)
-    if note.told is not None:
-        return False
-    ended: Status = note.ended or "KILLED"
-    registry = RegistryConfig(tracking_uri=note.tracking_uri, experiment=note.experiment)
-    client = connect(registry)
-    with speaking_to(note.tracking_uri), impatience():
-        run_id = note.run_id
-        if run_id is None and (experiment := client.get_experiment_by_name(note.experiment)) is not None:
-            run_id = run_with_key(client, experiment.experiment_id, note.key)
-        was_running = False
-        if run_id is not None:
-            dead = MlflowRun(client, note.tracking_uri, run_id)
-            was_running = dead.is_running()
-            if was_running:
-                dead.end(ended)
-    write_note(run, note.but(told=ended))
-    return was_running
-
-
-def note_of_training(config: RunConfig, tags: Mapping[str, str]) -> TrackingNote:
-    """The note of a training that begins: not in MLflow yet, to be tagged with its name and its parent too.
-
-    An alias becomes the version that it points at now; while MLflow does not answer, it stays an alias.
-    """
-    parent = config.model.adapter or "none"
-    try:
-        parent = pin_adapter(parent, config.registry)
-    except ServiceError as error:
-        log.warning("%s The tag parent is not pinned to a version.", error)
-    return new_note(config.registry, {"run": config.name, "parent": parent, **tags})

@@ -8,8 +8,8 @@ from typing import Any
 from nestune.backends.adapters import METADATA
 from nestune.config import RunConfig, dump_config
 from nestune.files import read_json, write_json, write_text
+from nestune.registry.catching_up import resume_tracking
 from nestune.registry.mlflow_run import MlflowRun
-from nestune.registry.tracking import resume_tracking
 from nestune.registry.versions import aliases_of, promote_version, register_version, tag_version
 from nestune.runs import RunPaths, record_stage
 from nestune.stages.assign import importance_behind

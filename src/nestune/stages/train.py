@@ -12,8 +12,9 @@ from nestune.config import RunConfig, dump_config
 from nestune.data.batches import evaluation_batches
 from nestune.errors import ConfigError, RunError
 from nestune.files import continued, kept_until_replaced, sha256_file, write_text
+from nestune.registry.catching_up import send_what_is_missing
 from nestune.registry.mirror import metrics_of_step, metrics_of_validation
-from nestune.registry.tracking import TrackedRun, send_what_is_missing, tracked_run
+from nestune.registry.tracking import TrackedRun, tracked_run
 from nestune.registry.versions import fitting_champion, resolve_adapter
 from nestune.runs import RunPaths, record_stage
 from nestune.stages.inputs import TrainingInputs, read_training_inputs, tier_map_depends_on
