@@ -1,5 +1,6 @@
 """Stage train: from the validated dataset and the tier map to checkpoints."""
 
+import logging
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -10,7 +11,7 @@ from nestune.backends.training_state import read_training_state
 from nestune.base_model import resolve_base
 from nestune.config import RunConfig, dump_config
 from nestune.data.batches import evaluation_batches
-from nestune.errors import ConfigError, RunError
+from nestune.errors import ConfigError, RunError, ServiceError
 from nestune.files import continued, kept_until_replaced, sha256_file, write_text
 from nestune.registry.catching_up import send_what_is_missing
 from nestune.registry.mirror import metrics_of_step, metrics_of_validation
@@ -31,6 +32,8 @@ from nestune.training.loop import run_training
 from nestune.training.progress import ProgressBar
 from nestune.training.recorder import Recorder
 from nestune.training.stopping import BestLoss
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,8 @@ def check_before_training(
 
     Raises ConfigError when the run's folder holds checkpoints of another configuration and `overwrite` is false,
     when the backend is not there, when the parent adapter does not exist, or when the champion is of another base
-    or rank; RunError when there is nothing to resume; ServiceError when the tracking server does not answer.
+    or rank; RunError when there is nothing to resume; ServiceError when the parent is in a registry that does not
+    answer.
     """
     if resume and overwrite:
         raise ConfigError("resume goes on from the checkpoints of a run, overwrite replaces them; pass one of the two")
@@ -82,7 +86,11 @@ def check_before_training(
     choose_backend(config)
     if config.model.adapter is not None:
         resolve_adapter(config.model.adapter, config.registry)
-    fitting_champion(config, resolve_base(config.model))
+    base = resolve_base(config.model)
+    try:
+        fitting_champion(config, base)
+    except ServiceError as error:
+        log.warning("%s Whether the champion can be compared with this run is seen at its evaluation only.", error)
     return checkpoint
 
 
