@@ -51,14 +51,14 @@ def speaking_to(uri: str) -> Iterator[None]:
         with _database_errors_unlogged():
             yield
     except (MlflowException, SQLAlchemyError, OSError) as error:  # those of requests are OSErrors
-        first_line, secret = _without_secrets((str(error).strip().splitlines() or [type(error).__name__])[0])
+        told, secret = _without_secrets(_first_line(error))
         remedy = (
             "See that the server runs and that this machine reaches it"
             if uri.startswith(HTTP)
             else "See that the database is there, whole and writable"
         )
         raise ServiceError(
-            f"MLflow at {uri} fails: {first_line.rstrip('.')}. {remedy}, or correct registry.tracking_uri."
+            f"MLflow at {uri} fails: {told.rstrip('.')}. {remedy}, or correct registry.tracking_uri."
         ) from (None if secret else error)
 
 
@@ -131,6 +131,12 @@ def _database_errors_unlogged() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says, but for SQLAlchemy's remarks on how it came about and the statement that failed."""
+    lines = [line for line in str(error).strip().splitlines() if not line.startswith("(raised as a result")]
+    return lines[0] if lines else type(error).__name__
 
 
 def _without_secrets(text: str) -> tuple[str, bool]:

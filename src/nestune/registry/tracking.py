@@ -147,7 +147,7 @@ class TrackedRun:
 
     def _say_down(self, error: Exception) -> None:
         if not self._is_down:
-            log.warning("%s Training goes on; its metrics are kept and sent when MLflow answers again.", error)
+            log.warning("%s Training goes on; its metrics are kept and sent later.", error)
         self._is_down = True
 
 
