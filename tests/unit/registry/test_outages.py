@@ -166,7 +166,7 @@ def test_an_outage_in_the_middle_costs_no_metric_and_doubles_none(
     assert sum("answers again" in text for text in told) == 2
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     outages=st.lists(st.sampled_from(["", "", "stopped", "loses", "refuses"]), min_size=12, max_size=12),
     end=st.sampled_from(["", "stopped", "loses"]),
