@@ -1,6 +1,7 @@
 """What MLflow was not told while a training went on: the next contact tells it."""
 
 import logging
+import time
 from collections.abc import Mapping
 from functools import partial
 
@@ -33,7 +34,7 @@ def resume_tracking(config: RunConfig, run: RunPaths, tags: Mapping[str, str]) -
     if not note.complete:
         ended: Status = note.ended or ("FINISHED" if (run.checkpoints / "final").exists() else "KILLED")
         opened.end(ended)
-        outbox = Outbox(partial(recorded_metrics, run.metrics), sent_before=True)
+        outbox = Outbox(partial(recorded_metrics, run.metrics, time.time()), sent_before=True)
         with speaking_to(opened.uri):
             outbox.send(opened.client, opened.run_id)
         write_note(run.tracking, note.but(ended=ended, told=ended, complete=True))

@@ -37,17 +37,16 @@ def metrics_of_validation(line: Mapping[str, Any]) -> dict[str, float]:
     return {"valid/loss": line["valid_loss"]}
 
 
-def recorded_metrics(folder: Path) -> Iterator[StepMetrics]:
+def recorded_metrics(folder: Path, time_s: float) -> Iterator[StepMetrics]:
     """All that the metrics files of a run tell, but for a last line that a killed process left half-written.
 
-    A line that does not say its `time` counts as measured now.
+    A line that does not say its `time` counts as measured at `time_s`.
     """
     for name, metrics_of in ((TRAIN_METRICS, metrics_of_step), (EVAL_METRICS, metrics_of_validation)):
         if (folder / name).exists():
             with (folder / name).open(encoding="utf-8", errors="replace") as file:
                 for line in map(json.loads, lines_until(sys.maxsize, file)):
-                    measured_at = line["time"] if "time" in line else time.time()
-                    yield StepMetrics(line["step"], measured_at, metrics_of(line))
+                    yield StepMetrics(line["step"], line.get("time", time_s), metrics_of(line))
 
 
 class Outbox:

@@ -48,7 +48,8 @@ class TrackedRun:
         self.mlflow_run: MlflowRun | None = None
         self._config, self._run, self._goes_on = config, run, goes_on
         self._tags = dict(tags)
-        self._outbox = Outbox(partial(recorded_metrics, run.metrics), sent_before=goes_on)
+        # Lines that this process did not write come before all that it measures.
+        self._outbox = Outbox(partial(recorded_metrics, run.metrics, time.time()), sent_before=goes_on)
         self._is_down = False
         # Written before MLflow is asked, so that whoever comes later finds what was made there.
         self._note = self._first_note()

@@ -1,7 +1,6 @@
 """What of the metrics files goes to MLflow, by which names, and when it was measured."""
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -43,7 +42,7 @@ def test_a_line_has_the_same_names_whether_it_is_sent_live_or_from_the_files(tmp
     write(tmp_path / "train_metrics.jsonl", STEP | {"time": 1000.5})
     write(tmp_path / "eval_metrics.jsonl", VALIDATION | {"time": 1001.5})
     assert (metrics_of_step(STEP), metrics_of_validation(VALIDATION)) == (OF_STEP, {"valid/loss": 1.25})
-    assert list(recorded_metrics(tmp_path)) == [
+    assert list(recorded_metrics(tmp_path, 0.0)) == [
         StepMetrics(3, 1000.5, OF_STEP),
         StepMetrics(3, 1001.5, {"valid/loss": 1.25}),
     ]
@@ -52,18 +51,30 @@ def test_a_line_has_the_same_names_whether_it_is_sent_live_or_from_the_files(tmp
 @pytest.mark.parametrize("end", ['{"step": 4, "loss"', '{"step": 4}', "\x00\x00\x00", "\n"])
 def test_a_line_that_a_killed_process_left_half_written_is_no_line(tmp_path: Path, end: str) -> None:
     write(tmp_path / "train_metrics.jsonl", STEP, end=end)
-    assert [metrics.step for metrics in recorded_metrics(tmp_path)] == [3]
+    assert [metrics.step for metrics in recorded_metrics(tmp_path, 0.0)] == [3]
 
 
 def test_without_files_nothing_is_recorded(tmp_path: Path) -> None:
-    assert list(recorded_metrics(tmp_path / "none")) == []
+    assert list(recorded_metrics(tmp_path / "none", 0.0)) == []
 
 
-def test_a_line_that_does_not_tell_its_time_counts_as_measured_now(tmp_path: Path) -> None:
-    write(tmp_path / "train_metrics.jsonl", STEP)
-    before = time.time()
-    [metrics] = recorded_metrics(tmp_path)
-    assert before <= metrics.time_s <= time.time()
+def test_a_line_that_does_not_tell_its_time_counts_as_measured_when_it_is_said_to_be(tmp_path: Path) -> None:
+    write(tmp_path / "train_metrics.jsonl", STEP, STEP | {"step": 4, "time": 7.0})
+    assert [metrics.time_s for metrics in recorded_metrics(tmp_path, 5.0)] == [5.0, 7.0]
+
+
+def test_what_an_earlier_process_recorded_comes_before_what_this_one_measures(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    run = RunPaths(tmp_path / "run")
+    write(run.metrics / "train_metrics.jsonl", *(STEP | {"step": step} for step in range(1, 4)))
+    tracked = TrackedRun(config, run, {}, goes_on=True)
+    for step in range(4, 7):
+        tracked.log_metrics(step, metrics_of_step(STEP))
+    tracked.finish()
+    assert tracked.mlflow_run is not None
+    history = tracked.mlflow_run.client.get_metric_history(tracked.mlflow_run.run_id, "train/loss")
+    assert [metric.step for metric in history] == [1, 2, 3, 4, 5, 6]  # MLflow's order is that of the clock
 
 
 def test_mlflow_shows_when_a_step_was_measured_and_not_when_it_was_sent(config: RunConfig, tmp_path: Path) -> None:

@@ -292,6 +292,28 @@ def test_an_end_at_any_moment_leaves_each_number_once(
     check_mirrored(tracked_config, run, server, "KILLED")
 
 
+def test_a_line_that_was_written_but_not_yet_passed_on_when_the_end_came_arrives_too(
+    tracked_config: RunConfig, run: RunPaths, server: MlflowServer
+) -> None:
+    class Ended:
+        def on_step(self, line: dict[str, Any]) -> None:
+            if line["step"] == 5:
+                raise SystemExit
+
+        def on_validation(self, line: dict[str, Any]) -> None: ...
+
+    run.metrics.mkdir(parents=True)
+    with (  # noqa: PT012
+        pytest.raises(SystemExit),
+        tracked_run(tracked_config, run, {}) as tracked,
+        Recorder(run.metrics, [0, 0], [Ended(), Mirrored(tracked)]) as recorder,
+    ):
+        for step in range(1, 6):
+            recorder.step(step, StepResult(1 / step, 3, 4, 0.5), frozenset({0}), 1e-3)
+    assert len(lines_of(run, "train_metrics.jsonl")) == 5
+    check_mirrored(tracked_config, run, server, "KILLED")
+
+
 def test_a_server_that_hangs_gets_no_more_than_its_share_of_the_time(
     tracked_config: RunConfig, run: RunPaths, server: MlflowServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
