@@ -1,5 +1,6 @@
 """The way to MLflow: which store a configuration means, and what the user is told when it fails."""
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,8 +12,10 @@ from nestune.errors import RunError, ServiceError
 
 DEFAULT_TRACKING_URI = "sqlite:///mlflow/mlflow.db"
 HTTP = ("http://", "https://")
+RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 # MLflow's own patience with a server that is down is minutes; a setting of the user's environment wins.
-IMPATIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+IMPATIENT = {RETRIES: "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+SECRETS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME")
 
 
 def tracking_uri(registry: RegistryConfig) -> str:
@@ -37,28 +40,49 @@ def connect(registry: RegistryConfig) -> Any:
 
 @contextmanager
 def speaking_to(uri: str) -> Iterator[None]:
-    """Turn what MLflow, its database or the network raise into a ServiceError that names the store."""
+    """Turn what MLflow, its database, its disk or the network raise into a ServiceError that names the store.
+
+    What the environment says to log in with is not in its text.
+    """
     from mlflow.exceptions import MlflowException
-    from requests.exceptions import RequestException
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
-        yield
-    except (MlflowException, SQLAlchemyError, RequestException) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        with _database_errors_unlogged():
+            yield
+    except (MlflowException, SQLAlchemyError, OSError) as error:  # those of requests are OSErrors
+        told, secret = _without_secrets(_first_line(error))
         remedy = (
             "See that the server runs and that this machine reaches it"
             if uri.startswith(HTTP)
             else "See that the database is there, whole and writable"
         )
         raise ServiceError(
-            f"MLflow at {uri} fails: {first_line.rstrip('.')}. {remedy}, or correct registry.tracking_uri."
-        ) from error
+            f"MLflow at {uri} fails: {told.rstrip('.')}. {remedy}, or correct registry.tracking_uri."
+        ) from (None if secret else error)
 
 
 def impatience() -> Any:
     """A context in which a server that is down is noticed within seconds."""
     return environment_defaults(IMPATIENT)
+
+
+@contextmanager
+def unrepeated() -> Iterator[None]:
+    """Within it no request is repeated, whatever the environment says.
+
+    MLflow repeats one whose answer got lost, though the server may have done it: a run or a number would be there
+    twice.
+    """
+    before = os.environ.get(RETRIES)
+    os.environ[RETRIES] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(RETRIES, None)
+        else:
+            os.environ[RETRIES] = before
 
 
 @contextmanager
@@ -95,6 +119,33 @@ def find_experiment(client: Any, registry: RegistryConfig) -> str:
             f"mlflow experiments restore --experiment-id {found.experiment_id}, or name another one."
         )
     return str(found.experiment_id)
+
+
+@contextmanager
+def _database_errors_unlogged() -> Iterator[None]:
+    """MLflow logs a traceback of each error of its database besides raising it."""
+    logger = logging.getLogger("mlflow.store.db.utils")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says, but for SQLAlchemy's remarks on how it came about and the statement that failed."""
+    lines = [line for line in str(error).strip().splitlines() if not line.startswith("(raised as a result")]
+    return lines[0] if lines else type(error).__name__
+
+
+def _without_secrets(text: str) -> tuple[str, bool]:
+    """The text with stars in place of what nobody may read, and whether it was in there."""
+    secrets = {os.environ.get(name, "").strip() for name in SECRETS} - {""}
+    cleaned = text
+    for secret in sorted(secrets, key=len, reverse=True):
+        cleaned = cleaned.replace(secret, "***")
+    return cleaned, cleaned != text
 
 
 def _reach_database(uri: str) -> None:

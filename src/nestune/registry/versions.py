@@ -14,7 +14,7 @@ from nestune.base_model import BaseModel
 from nestune.config import RegistryConfig, RunConfig
 from nestune.errors import ConfigError, RunError
 from nestune.files import read_json, sha256_file
-from nestune.registry.connection import connect, environment_defaults, speaking_to, tracking_uri
+from nestune.registry.connection import connect, environment_defaults, speaking_to, tracking_uri, unrepeated
 
 CANDIDATE = "candidate"
 CHAMPION = "champion"
@@ -175,7 +175,8 @@ def _create_version(client: Any, config: RunConfig, run_id: str, checkpoint: Pat
 
     metadata = read_json(checkpoint / METADATA, "Run nestune train again.")
     experiment_id = client.get_run(run_id).info.experiment_id
-    logged = client.create_logged_model(experiment_id, config.name.replace(".", "-"), source_run_id=run_id)
+    with unrepeated():
+        logged = client.create_logged_model(experiment_id, config.name.replace(".", "-"), source_run_id=run_id)
     location, model_id = logged.artifact_location, logged.model_id
     model = Model(artifact_path=location, run_id=run_id, model_uuid=model_id, model_id=model_id)
     with tempfile.TemporaryDirectory() as scratch:
@@ -185,7 +186,8 @@ def _create_version(client: Any, config: RunConfig, run_id: str, checkpoint: Pat
     client.finalize_logged_model(model_id, LoggedModelStatus.READY)
     client.log_outputs(run_id, [LoggedModelOutput(model_id, step=int(metadata["step"]))])
     name = config.registry.registered_model
-    return client.create_model_version(name, location, run_id=run_id, tags=dict(tags), model_id=model_id)
+    with unrepeated():  # a version whose answer got lost is found by the next attempt
+        return client.create_model_version(name, location, run_id=run_id, tags=dict(tags), model_id=model_id)
 
 
 def _save_model(model: Any, config: RunConfig, metadata: Mapping[str, Any], checkpoint: Path, folder: Path) -> None:

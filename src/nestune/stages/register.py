@@ -8,7 +8,8 @@ from typing import Any
 from nestune.backends.adapters import METADATA
 from nestune.config import RunConfig, dump_config
 from nestune.files import read_json, write_json, write_text
-from nestune.registry.tracking import TrackedRun, resume_tracking, start_tracking
+from nestune.registry.catching_up import resume_tracking
+from nestune.registry.mlflow_run import MlflowRun
 from nestune.registry.versions import aliases_of, promote_version, register_version, tag_version
 from nestune.runs import RunPaths, record_stage
 from nestune.stages.assign import importance_behind
@@ -59,9 +60,7 @@ def register(config: RunConfig, run: RunPaths) -> RegisterResult:
     check_seal(run.evaluation, checkpoint)
     write_text(run.config, dump_config(config))
     lineage = _lineage(run, checkpoint, report)
-    if not run.tracking.exists():  # trained on another machine, say
-        start_tracking(config, run, lineage).finish()
-    tracked = resume_tracking(config, run)
+    tracked = resume_tracking(config, run, lineage)
     _log_evaluation(tracked, run, report)
     of_training = tracked.tags()
     tags = lineage | {key: of_training[key] for key in ("run", "parent", "git_commit")}
@@ -105,7 +104,7 @@ def _lineage(run: RunPaths, checkpoint: Path, report: Mapping[str, Any]) -> dict
     }
 
 
-def _log_evaluation(tracked: TrackedRun, run: RunPaths, report: Mapping[str, Any]) -> None:
+def _log_evaluation(tracked: MlflowRun, run: RunPaths, report: Mapping[str, Any]) -> None:
     numbers = {
         f"evaluation/{model}/{name}/{measure}": score[measure]
         for model, by_set in report["scores"].items()
@@ -113,8 +112,7 @@ def _log_evaluation(tracked: TrackedRun, run: RunPaths, report: Mapping[str, Any
         for measure in ("loss", "exact_match")
         if score[measure] is not None
     }
-    tracked.log_metrics(report["candidate"]["step"], numbers)
-    tracked.flush()
+    tracked.log_scores(report["candidate"]["step"], numbers)
     files = [run.tiers, run.tiers_picture, run.manifest, run.config]
     if importance_behind(run) is not None:
         files += [run.importance, run.importance_picture]

@@ -1,7 +1,7 @@
 """Stage train: from the validated dataset and the tier map to checkpoints."""
 
 import logging
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +14,10 @@ from nestune.config import RunConfig, dump_config
 from nestune.data.batches import evaluation_batches
 from nestune.errors import RunError, ServiceError, StoppedError
 from nestune.files import sha256_file, write_text
+from nestune.registry.catching_up import mark_killed, send_what_is_missing
+from nestune.registry.mirror import metrics_of_step, metrics_of_validation
 from nestune.registry.tracking import TrackedRun, tracked_run
+from nestune.registry.tracking_note import keep_untold, read_note
 from nestune.registry.versions import fitting_champion, resolve_adapter
 from nestune.runs import RunPaths, record_stage
 from nestune.stages.inputs import TrainingInputs, read_training_inputs, tier_map_depends_on
@@ -26,9 +29,11 @@ from nestune.training.checkpoints import Checkpoint, Checkpoints, newest_checkpo
 from nestune.training.loop import run_training
 from nestune.training.out_of_memory import told_out_of_memory
 from nestune.training.progress import ProgressBar
-from nestune.training.recorder import Recorder
+from nestune.training.recorder import Listener, Recorder
 from nestune.training.replacement import forget_replaced, in_place_of_earlier
 from nestune.training.start import has_ended, starting_point
+
+log = logging.getLogger(__name__)
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +110,9 @@ def train(config: RunConfig, run: RunPaths, force: bool = False, resume: bool = 
     if checkpoint is not None:
         best.restore(checkpoint.metadata)
         if has_ended(checkpoint, config):
+            # What was killed after its last checkpoint still lacks what comes after that.
+            send_what_is_missing(config, run)
+            _record(run)
             forget_replaced(run)
             return _result(config, run, best, checkpoint.metadata["backend"], checkpoint.step)
     stop = StopRequests(run)
@@ -114,7 +122,7 @@ def train(config: RunConfig, run: RunPaths, force: bool = False, resume: bool = 
     )
     with signals_stop(stop), alone, told_out_of_memory():
         trains_on = _train(config, run, inputs, choice, checkpoint, best, stop)
-    record_stage(run, "train", [run.config, run.dataset, run.tiers], [run.checkpoints, run.metrics])
+    _record(run)
     return _result(config, run, best, trains_on, checkpoint.step if checkpoint else None)
 
 
@@ -145,17 +153,18 @@ def _train(
         "tier_map_sha256": tier_map.sha256,
     }
     write_text(run.config, dump_config(config))
+    if checkpoint is None:
+        _end_earlier_tracking(run)
     with (
         nullcontext() if checkpoint else in_place_of_earlier(run),
         tracked_run(config, run, tags, goes_on=checkpoint is not None) as tracked,
         ProgressBar(config.training.steps, taken=state.steps) as bar,
     ):
         bar.say(f"backend: {trains_on}")
-        tracker = _Tracker(tracked)
-        with Recorder(run.metrics, state.updates, [bar, tracker], state.steps, best.validated_step) as recorder:
+        listeners: list[Listener] = [bar, _Tracker(tracked)]
+        with Recorder(run.metrics, state.updates, listeners, state.steps, best.validated_step) as recorder:
             if checkpoint is not None:
                 bar.say(f"going on after step {checkpoint.step}, from {checkpoint.folder}")
-                recorder.replay(tracker)
             checkpoints = Checkpoints(
                 run.checkpoints, backend, inputs.base, config, inputs.data_sha256, before_save=recorder.sync
             )
@@ -169,6 +178,20 @@ def _train(
                 raise
     forget_replaced(run)
     return trains_on
+
+
+def _record(run: RunPaths) -> None:
+    record_stage(run, "train", [run.config, run.dataset, run.tiers], [run.checkpoints, run.metrics])
+
+
+def _end_earlier_tracking(run: RunPaths) -> None:
+    """Let MLflow not show a training as running that died, and that another one takes the place of."""
+    try:
+        mark_killed(run)
+    except RunError as error:
+        log.warning("%s That an earlier training of %s has ended it will hear later.", error, run.root)
+        with suppress(RunError):
+            keep_untold(run, read_note(run.tracking))
 
 
 def _other_data(checkpoint: Checkpoint, inputs: TrainingInputs) -> RunError:
@@ -202,9 +225,7 @@ class _Tracker:
         self._tracked = tracked
 
     def on_step(self, line: dict[str, Any]) -> None:
-        counts = {f"updates/tier_{tier}": count for tier, count in enumerate(line["update_counts"])}
-        numbers = {f"train/{key}": line[key] for key in ("loss", "learning_rate", "grad_norm", "tokens_per_s")}
-        self._tracked.log_metrics(line["step"], numbers | counts)
+        self._tracked.log_metrics(line["step"], metrics_of_step(line))
 
     def on_validation(self, line: dict[str, Any]) -> None:
-        self._tracked.log_metrics(line["step"], {"valid/loss": line["valid_loss"]})
+        self._tracked.log_metrics(line["step"], metrics_of_validation(line))

@@ -97,12 +97,6 @@ class Recorder:
             with writing(Path(file.name)):
                 os.fsync(file.fileno())
 
-    def replay(self, listener: Listener) -> None:
-        """Let a listener hear of all that the files tell."""
-        for path, hear in ((self._train_path, listener.on_step), (self._eval_path, listener.on_validation)):
-            for line in path.read_text(encoding="utf-8").splitlines():
-                hear(json.loads(line))
-
     def __enter__(self) -> Self:
         return self
 

@@ -1,10 +1,13 @@
 """Run folders as the stages before `register` leave them."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from nestune.config import RunConfig
 from nestune.files import sha256_file, write_json, write_text
+from nestune.registry.mlflow_run import MlflowRun
+from nestune.registry.tracking import TrackedRun
 from nestune.runs import RunPaths, record_stage
 from nestune.stages.evaluate import seal
 
@@ -45,3 +48,10 @@ def scale_adapter(folder: Path, factor: float) -> None:
         weights = folder / file
         scaled = {key: (value * factor).astype("float32") for key, value in load_file(weights).items()}
         save_file(scaled, weights, metadata={"format": form})
+
+
+def start_tracking(config: RunConfig, run: RunPaths, tags: Mapping[str, str]) -> MlflowRun:
+    """The MLflow run of a training that has begun."""
+    opened = TrackedRun(config, run, tags).mlflow_run
+    assert opened is not None
+    return opened

@@ -4,13 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-from run_folders import EvaluatedRun, scale_adapter
+from run_folders import EvaluatedRun, scale_adapter, start_tracking
 
 from nestune.config import RunConfig
 from nestune.errors import RunError
 from nestune.files import read_json, sha256_file, write_json
 from nestune.registry.connection import connect
-from nestune.registry.tracking import start_tracking
 from nestune.registry.versions import champion, promote_version
 from nestune.runs import RunPaths
 from nestune.stages.evaluate import seal

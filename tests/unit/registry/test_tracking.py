@@ -1,18 +1,21 @@
 """MLflow runs: configuration, live metrics, lineage, and a server that is down."""
 
 import logging
-import socket
 import subprocess
 from pathlib import Path
 
 import pytest
+from run_folders import start_tracking
 
 from nestune.config import RegistryConfig, RunConfig, load_config
 from nestune.errors import ConfigError, RunError, ServiceError
-from nestune.files import read_json
+from nestune.files import read_json, write_json
 from nestune.registry import connection, tracking
+from nestune.registry.catching_up import resume_tracking
 from nestune.registry.connection import connect
-from nestune.registry.tracking import flatten, git_commit, go_on_tracking, resume_tracking, start_tracking, tracked_run
+from nestune.registry.mlflow_run import KEY_TAG, MlflowRun, flatten
+from nestune.registry.tracking import TrackedRun, tracked_run
+from nestune.registry.tracking_note import git_commit
 from nestune.runs import RunPaths
 
 
@@ -21,10 +24,9 @@ def run(tmp_path: Path) -> RunPaths:
     return RunPaths(tmp_path / "runs" / "week.1")
 
 
-def closed_port() -> int:
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        return int(opened.getsockname()[1])
+def opened(tracked: TrackedRun) -> MlflowRun:
+    assert tracked.mlflow_run is not None
+    return tracked.mlflow_run
 
 
 def test_a_run_holds_the_resolved_configuration_as_parameters_and_as_a_file_that_loads_again(
@@ -59,8 +61,9 @@ def test_every_metric_arrives_in_order_when_the_block_ends(config: RunConfig, ru
     with tracked_run(config, run, {}) as tracked:
         for step in steps:
             tracked.log_metrics(step, {"train/loss": 1 / step, "updates/tier_1": step // 2})
-    losses = tracked.client.get_metric_history(tracked.run_id, "train/loss")
-    counts = tracked.client.get_metric_history(tracked.run_id, "updates/tier_1")
+    client, run_id = opened(tracked).client, opened(tracked).run_id
+    losses = client.get_metric_history(run_id, "train/loss")
+    counts = client.get_metric_history(run_id, "updates/tier_1")
     assert [(m.step, m.value) for m in losses] == [(step, 1 / step) for step in steps]
     assert [(m.step, m.value) for m in counts] == [(step, step // 2) for step in steps]
 
@@ -69,17 +72,18 @@ def test_metrics_are_seen_while_training_goes_on_once_the_interval_is_over(
     config: RunConfig, run: RunPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tracking, "SEND_EVERY_S", 0.2)
-    tracked = start_tracking(config, run, {})
+    tracked = TrackedRun(config, run, {})
+    client, run_id = opened(tracked).client, opened(tracked).run_id
 
     def seen() -> list[int]:
-        return [m.step for m in tracked.client.get_metric_history(tracked.run_id, "loss")]
+        return [m.step for m in client.get_metric_history(run_id, "loss")]
 
     tracked.log_metrics(1, {"loss": 1.0})
     assert seen() == []
     tracking.time.sleep(0.25)
     tracked.log_metrics(2, {"loss": 1.0})
     assert seen() == [1, 2]
-    assert tracked.client.get_run(tracked.run_id).info.status == "RUNNING"
+    assert client.get_run(run_id).info.status == "RUNNING"
 
 
 @pytest.mark.parametrize(
@@ -95,26 +99,40 @@ def test_the_run_says_how_training_ended_and_has_its_last_metrics(
                 raise error
     except (ValueError, KeyboardInterrupt):
         pass
-    logged = tracked.client.get_run(tracked.run_id)
+    logged = connect(config.registry).get_run(opened(tracked).run_id)
     assert (logged.info.status, logged.data.metrics) == (status, {"loss": 2.0})
+    noted = read_json(run.tracking, "")
+    assert (noted["ended"], noted["told"], noted["complete"]) == (status, status, True)
 
 
 def test_a_later_stage_goes_on_with_the_run_of_the_earlier_one(config: RunConfig, run: RunPaths) -> None:
     started = start_tracking(config, run, {})
-    resumed = resume_tracking(config, run)
-    assert resumed.run_id == started.run_id
-    assert read_json(run.tracking, "") == {
-        "tracking_uri": config.registry.tracking_uri,
-        "experiment": "nestune",
-        "run_id": started.run_id,
-    }
+    noted = read_json(run.tracking, "")
+    resumed = resume_tracking(config, run, {})
+    assert resumed.run_id == noted["run_id"] == started.run_id
+    assert (noted["tracking_uri"], noted["experiment"]) == (config.registry.tracking_uri, "nestune")
+    assert resumed.tags()[KEY_TAG] == noted["key"]
+
+
+def test_a_note_of_an_earlier_version_names_its_run(config: RunConfig, run: RunPaths) -> None:
+    started = start_tracking(config, run, {})
+    noted = {key: read_json(run.tracking, "")[key] for key in ("tracking_uri", "experiment", "run_id")}
+    write_json(run.tracking, noted)
+    with tracked_run(config, run, {}, goes_on=True) as tracked:
+        assert opened(tracked).run_id == started.run_id
+
+
+def test_a_note_that_is_none_is_an_error_that_names_every_fault(config: RunConfig, run: RunPaths) -> None:
+    write_json(run.tracking, {"tracking_uri": 7, "run_id": [], "tags": {}})
+    with pytest.raises(RunError, match=r"tracking.json is no note .*tracking_uri: .*run_id: .*Delete it"):
+        resume_tracking(config, run, {})
 
 
 def test_training_again_starts_another_run(config: RunConfig, run: RunPaths) -> None:
     first = start_tracking(config, run, {}).run_id
     second = start_tracking(config, run, {}).run_id
     assert first != second
-    assert resume_tracking(config, run).run_id == second
+    assert resume_tracking(config, run, {}).run_id == second
 
 
 def test_a_run_that_mlflow_does_not_have_is_an_error_that_says_what_to_do(config: RunConfig, run: RunPaths) -> None:
@@ -122,7 +140,7 @@ def test_a_run_that_mlflow_does_not_have_is_an_error_that_says_what_to_do(config
     text = run.tracking.read_text().replace(read_json(run.tracking, "")["run_id"], "0" * 32)
     run.tracking.write_text(text)
     with pytest.raises(RunError, match=r"0{32} at sqlite.*or delete .*tracking.json"):
-        resume_tracking(config, run)
+        resume_tracking(config, run, {})
 
 
 def test_a_training_that_goes_on_is_the_same_run_with_each_metric_once(config: RunConfig, run: RunPaths) -> None:
@@ -130,13 +148,14 @@ def test_a_training_that_goes_on_is_the_same_run_with_each_metric_once(config: R
         for step in range(1, 7):
             tracked.log_metrics(step, {"train/loss": 1 / step} | ({"valid/loss": 2 / step} if step == 4 else {}))
     with tracked_run(config, run, {"base_sha256": "abc"}, goes_on=True) as resumed:
-        assert resumed.run_id == tracked.run_id
-        assert resumed.client.get_run(resumed.run_id).info.status == "RUNNING"
+        client, run_id = opened(resumed).client, opened(resumed).run_id
+        assert run_id == opened(tracked).run_id
+        assert client.get_run(run_id).info.status == "RUNNING"
         for step in range(1, 9):
             resumed.log_metrics(step, {"train/loss": 1 / step} | ({"valid/loss": 2 / step} if step >= 4 else {}))
-    logged = resumed.client.get_run(resumed.run_id)
+    logged = client.get_run(run_id)
     assert logged.info.status == "FINISHED"
-    history = {name: resumed.client.get_metric_history(resumed.run_id, name) for name in logged.data.metrics}
+    history = {name: client.get_metric_history(run_id, name) for name in logged.data.metrics}
     assert {name: [(m.step, m.value) for m in metrics] for name, metrics in history.items()} == {
         "train/loss": [(step, 1 / step) for step in range(1, 9)],
         "valid/loss": [(step, 2 / step) for step in range(4, 9)],
@@ -150,7 +169,7 @@ def test_what_is_configured_otherwise_when_training_goes_on_is_a_tag_beside_the_
         (tmp_path / f"{name}.jsonl").touch()
     start_tracking(config, run, {})
     longer = config.model_copy(update={"training": config.training.model_copy(update={"steps": 2000})})
-    tracked = go_on_tracking(longer, run, {"tier_map_sha256": "def"})
+    tracked = opened(TrackedRun(longer, run, {"tier_map_sha256": "def"}, goes_on=True))
     logged = tracked.client.get_run(tracked.run_id)
     assert logged.data.params == flatten(config)
     ours = {key: value for key, value in logged.data.tags.items() if not key.startswith("mlflow.")}
@@ -158,6 +177,7 @@ def test_what_is_configured_otherwise_when_training_goes_on_is_a_tag_beside_the_
         "run": "week.1",
         "parent": "none",
         "git_commit": git_commit(),
+        KEY_TAG: read_json(run.tracking, "")["key"],
         "tier_map_sha256": "def",
         "training.steps": "2000",
     }
@@ -175,22 +195,10 @@ def test_a_training_that_goes_on_is_tracked_anew_where_its_run_is_gone(
     else:
         run.tracking.unlink()
     with caplog.at_level(logging.WARNING):
-        tracked = go_on_tracking(config, run, {})
+        tracked = opened(TrackedRun(config, run, {}, goes_on=True))
     assert "tracked anew" in caplog.text
     assert tracked.run_id != before.run_id
-    assert resume_tracking(config, run).run_id == tracked.run_id
-
-
-def test_a_server_that_is_down_when_training_goes_on_is_an_error_and_no_other_run(
-    config: RunConfig, run: RunPaths, caplog: pytest.LogCaptureFixture
-) -> None:
-    start_tracking(config, run, {})
-    noted = run.tracking.read_bytes()
-    down = config.model_copy(update={"registry": RegistryConfig(tracking_uri=f"http://127.0.0.1:{closed_port()}")})
-    with pytest.raises(ServiceError, match="fails"):
-        go_on_tracking(down, run, {})
-    assert run.tracking.read_bytes() == noted
-    assert "tracked anew" not in caplog.text
+    assert resume_tracking(config, run, {}).run_id == tracked.run_id
 
 
 def test_artifacts_lie_beside_the_sqlite_database_and_nothing_in_the_current_folder(
@@ -218,35 +226,11 @@ def test_without_a_tracking_uri_the_store_is_in_the_folder_mlflow_of_the_current
     assert tracked.page().startswith("http://127.0.0.1:5000/#/experiments/")
 
 
-def test_a_server_that_is_down_is_an_error_that_names_it_within_seconds(config: RunConfig, run: RunPaths) -> None:
-    uri = f"http://127.0.0.1:{closed_port()}"
-    down = config.model_copy(update={"registry": RegistryConfig(tracking_uri=uri)})
-    with pytest.raises(ServiceError, match=rf"{uri} fails.*correct registry.tracking_uri"):
-        start_tracking(down, run, {})
-    assert not run.tracking.exists()
-
-
 def test_a_file_that_is_no_database_is_an_error_that_names_it(tmp_path: Path) -> None:
     (tmp_path / "broken.db").write_bytes(b"not a database" * 100)
     uri = f"sqlite:///{tmp_path}/broken.db"
     with pytest.raises(ServiceError, match=r"broken\.db fails"):
         connect(RegistryConfig(tracking_uri=uri))
-
-
-def test_metrics_survive_a_store_that_fails_for_a_while(
-    config: RunConfig, run: RunPaths, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(tracking, "SEND_EVERY_S", 0.0)
-    monkeypatch.setattr(tracking, "RETRY_EVERY_S", 0.0)
-    with tracked_run(config, run, {}) as tracked:
-        tracked.client.delete_run(tracked.run_id)  # MLflow takes no metrics for a deleted run
-        with caplog.at_level(logging.WARNING):
-            tracked.log_metrics(1, {"loss": 1.0})
-        assert "the metrics wait" in caplog.text
-        tracked.client.restore_run(tracked.run_id)
-        tracked.log_metrics(2, {"loss": 0.5})
-    history = tracked.client.get_metric_history(tracked.run_id, "loss")
-    assert [(m.step, m.value) for m in history] == [(1, 1.0), (2, 0.5)]
 
 
 def test_a_deleted_experiment_is_an_error_that_tells_how_to_restore_it(config: RunConfig, run: RunPaths) -> None:
@@ -282,7 +266,7 @@ def test_settings_for_mlflow_leave_the_environment_as_it_was(monkeypatch: pytest
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
     monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
     with connection.impatience():
-        assert connection.os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "1"
+        assert connection.os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "0"
         assert connection.os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
     assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in connection.os.environ
 

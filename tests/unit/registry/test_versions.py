@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from run_folders import EvaluatedRun, scale_adapter
+from run_folders import EvaluatedRun, scale_adapter, start_tracking
 
 from nestune.backends.factory import make_backend
 from nestune.base_model import resolve_base
@@ -20,7 +20,6 @@ from nestune.data.tokens import load_tokenizer
 from nestune.errors import ConfigError, RunError
 from nestune.files import read_json, sha256_file, write_json
 from nestune.registry.connection import connect
-from nestune.registry.tracking import start_tracking
 from nestune.registry.versions import (
     champion,
     fitting_champion,

@@ -92,13 +92,13 @@ def test_lines_after_one_that_is_no_json_are_cut_off_and_that_is_told(
     assert "tells of 4 steps only; training goes on after 6" in caplog.text
 
 
-def test_a_listener_can_hear_later_of_all_that_is_written(tmp_path: Path) -> None:
-    at_once, later = Heard(), Heard()
-    record(tmp_path, range(1, 9), [4, 8], at_once)
-    with Recorder(tmp_path, [8, 4, 2], last_step=8, validated_step=8) as recorder:
-        recorder.replay(later)
-    assert (later.steps, later.validations) == (at_once.steps, at_once.validations)
-    assert [line["step"] for line in later.validations] == [4, 8]
+def test_a_listener_hears_of_each_line_as_it_is_written(tmp_path: Path) -> None:
+    heard = Heard()
+    record(tmp_path, range(1, 9), [4, 8], heard)
+    files = ((TRAIN_METRICS, heard.steps), (EVAL_METRICS, heard.validations))
+    for name, lines in files:
+        assert [json.loads(line) for line in (tmp_path / name).read_text().splitlines()] == lines
+    assert [line["step"] for line in heard.validations] == [4, 8]
 
 
 def test_a_validation_that_is_done_again_is_told_once(tmp_path: Path) -> None:
