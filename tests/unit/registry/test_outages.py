@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from nestune.backends.base import Loss, StepResult
 from nestune.config import RegistryConfig, RunConfig, load_config
-from nestune.files import kept_until_replaced, read_json
+from nestune.files import read_json
 from nestune.registry import tracking
 from nestune.registry.catching_up import mark_killed, resume_tracking, send_what_is_missing
 from nestune.registry.connection import connect
@@ -25,6 +25,7 @@ from nestune.registry.mlflow_run import flatten
 from nestune.registry.tracking import TrackedRun, tracked_run
 from nestune.runs import RunPaths
 from nestune.training.recorder import Recorder
+from nestune.training.replacement import in_place_of_earlier
 
 History = dict[str, list[tuple[int, float]]]
 VALIDATED_EVERY = 3
@@ -95,7 +96,7 @@ class Mirrored:
 def train(tracked: TrackedRun, run: RunPaths, steps: range, before: Callable[[int], None] = lambda step: None) -> None:
     """Record steps, each with another loss; `before` is called with each step first."""
     run.metrics.mkdir(parents=True, exist_ok=True)
-    with Recorder(run.metrics, [0, 0], [Mirrored(tracked)], steps.start - 1) as recorder:
+    with Recorder(run.metrics, [0, 0], [Mirrored(tracked)], steps.start - 1, steps.start - 1) as recorder:
         for step in steps:
             before(step)
             recorder.step(step, StepResult(1 / step, 3, 4, 0.5), frozenset({0}), 1e-3)
@@ -375,7 +376,7 @@ def test_a_failed_training_whose_note_gave_way_to_an_older_one_is_not_shown_as_r
     with tracked_run(tracked_config, run, {}):
         pass
     noted = run.tracking.read_bytes()
-    with pytest.raises(ValueError), kept_until_replaced(run.tracking), tracked_run(tracked_config, run, {}) as tracked:  # noqa: PT011, PT012
+    with pytest.raises(ValueError), in_place_of_earlier(run), tracked_run(tracked_config, run, {}) as tracked:  # noqa: PT011, PT012
         server.stop()
         raise ValueError
     assert run.tracking.read_bytes() == noted
