@@ -367,6 +367,16 @@ def test_a_run_of_a_dead_process_is_marked_killed_and_mlflow_asked_only_once(
     check_mirrored(tracked_config, run, server)
 
 
+def test_an_end_that_was_told_and_not_noted_stays_as_it_was_told(
+    tracked_config: RunConfig, run: RunPaths, server: MlflowServer
+) -> None:
+    tracked = TrackedRun(tracked_config, run, {})
+    assert tracked.mlflow_run is not None
+    tracked.mlflow_run.end("FINISHED")  # and here the process was killed
+    assert mark_killed(run) is False
+    assert only_run(tracked_config, run).info.status == "FINISHED"
+
+
 def test_a_dead_process_that_never_learned_its_runs_id_is_marked_killed_too(
     tracked_config: RunConfig, run: RunPaths, server: MlflowServer
 ) -> None:
