@@ -293,6 +293,18 @@ def test_an_end_at_any_moment_leaves_each_number_once(
     check_mirrored(tracked_config, run, server, "KILLED")
 
 
+@pytest.mark.usefixtures("at_once")
+def test_what_a_killed_process_could_not_send_is_sent_by_the_one_that_goes_on(
+    tracked_config: RunConfig, run: RunPaths, server: MlflowServer
+) -> None:
+    killed = TrackedRun(tracked_config, run, {})
+    train(killed, run, range(1, 10), lambda step: server.stop() if step == 5 else None)
+    server.start()
+    with tracked_run(tracked_config, run, {}, goes_on=True) as tracked:
+        train(tracked, run, range(7, 12))  # its checkpoint was that of step 6
+    check_mirrored(tracked_config, run, server)
+
+
 def test_a_line_that_was_written_but_not_yet_passed_on_when_the_end_came_arrives_too(
     tracked_config: RunConfig, run: RunPaths, server: MlflowServer
 ) -> None:
@@ -354,6 +366,16 @@ def test_a_run_of_a_dead_process_is_marked_killed_and_mlflow_asked_only_once(
         train(tracked, run, range(1, 4))
     assert mark_killed(run) is False
     check_mirrored(tracked_config, run, server)
+
+
+def test_an_end_that_was_told_and_not_noted_stays_as_it_was_told(
+    tracked_config: RunConfig, run: RunPaths, server: MlflowServer
+) -> None:
+    tracked = TrackedRun(tracked_config, run, {})
+    assert tracked.mlflow_run is not None
+    tracked.mlflow_run.end("FINISHED")  # and here the process was killed
+    assert mark_killed(run) is False
+    assert only_run(tracked_config, run).info.status == "FINISHED"
 
 
 def test_a_dead_process_that_never_learned_its_runs_id_is_marked_killed_too(
