@@ -11,7 +11,7 @@ from typing import Literal
 from nestune.errors import BusyError, InputError, NestuneError, RunError, StoppedError, StorageError
 from nestune.files import read_json, remove, tidy, write_bytes, write_json
 from nestune.locks import Owner, held, owner_of
-from nestune.runs import RunPaths
+from nestune.runs import RUNS, RunPaths
 
 State = Literal["new", "starting", "running", "finished", "stopped", "failed", "crashed"]
 
@@ -90,6 +90,13 @@ def read_state(run: RunPaths) -> RunState:
         reason = f"{noted.owner} ended without a word: it was killed, ran out of memory, or the machine went down"
         return RunState("crashed", noted.stage, noted.owner, reason, noted.since, noted.flow_run)
     return noted
+
+
+def crashed_runs() -> dict[RunPaths, RunState]:
+    """Every run below the current folder whose process died, and how it stands."""
+    runs = [RunPaths(folder) for folder in sorted(RUNS.iterdir())] if RUNS.is_dir() else []
+    states = {run: read_state(run) for run in runs if run.state.exists()}
+    return {run: state for run, state in states.items() if state.state == "crashed"}
 
 
 def note_crashed(run: RunPaths, state: RunState) -> None:
