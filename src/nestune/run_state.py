@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Literal
@@ -55,7 +55,8 @@ def owned(run: RunPaths, command: str) -> Iterator[Owner]:
                 if [*run.root.iterdir()] == [run.lock]:
                     run.lock.unlink()
     finally:
-        if run.root.is_dir() and not any(run.root.iterdir()):
+        # Not when there is anything in it, such as the lock of the next one.
+        with suppress(OSError):
             run.root.rmdir()
 
 
