@@ -183,6 +183,7 @@ def retrain(config: RunConfig, force: bool = False, resume: bool = False) -> Any
     stage's result, or the state Cancelled when the run was asked to stop.
     """
     run = RunPaths.of(config.name)
+    logging.getLogger("prefect.flow_runs").addFilter(_is_no_cancelled_run)
     end_dead_runs()
     with owned(run, f"Prefect flow run {flow_run.name}"):
         check_before_training(config, run, force, resume)
@@ -257,6 +258,11 @@ def _leave_soon(*_: object) -> None:
     timer.daemon = True
     timer.start()
     raise KeyboardInterrupt
+
+
+def _is_no_cancelled_run(record: logging.LogRecord) -> bool:
+    """False where Prefect would log the traceback of a state that says Cancelled, as the log has said before."""
+    return not (record.exc_info and isinstance(record.exc_info[1], CancelledRun))
 
 
 class _OneLineOfAFailure(logging.Filter):

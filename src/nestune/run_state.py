@@ -81,8 +81,10 @@ def recorded(run: RunPaths, stage: str, flow_run: str | None = None) -> Iterator
 
 def read_state(run: RunPaths) -> RunState:
     """How a run stands now."""
-    owner = owner_of(run.lock)
-    noted = _read(run)
+    noted, owner = _read(run), owner_of(run.lock)
+    # A run that starts, or ends, between the two must not be taken for one whose process died.
+    while (now := _read(run)) != noted:
+        noted, owner = now, owner_of(run.lock)
     if owner is not None:
         mine = noted.owner is not None and noted.owner.token == owner.token
         since = noted.since if mine else owner.since
@@ -156,5 +158,5 @@ def _read(run: RunPaths) -> RunState:
         content = json.loads(run.state.read_bytes())
         owner = Owner(**content.pop("owner")) if content.get("owner") else content.pop("owner")
         return RunState(**content, owner=owner)
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return RunState("new")

@@ -154,6 +154,7 @@ def test_a_training_cancelled_in_prefect_is_kept_whole_and_the_next_flow_run_goe
     until(lambda: not Path(f"/proc/{pid}").exists(), "its process to end")
     assert time.monotonic() - asked < KILLED_AFTER_S
     until(lambda: "cancelled successfully" in served.state(cancelled)["message"], "the runner to have done with it")
+    assert "Traceback" not in (served.folder / "runner.log").read_text()
 
     assert set(served.states(cancelled)[-2:]) == {"CANCELLED"}
     assert "CRASHED" not in served.states(cancelled)

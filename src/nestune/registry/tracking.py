@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from nestune.config import RunConfig, dump_config
-from nestune.errors import RunError, ServiceError
+from nestune.errors import RunError, ServiceError, StoppedError
 from nestune.files import read_json, write_json
 from nestune.registry.connection import HTTP, connect, find_experiment, impatience, speaking_to, tracking_uri
 from nestune.registry.versions import TAG_CHARACTERS, pin_adapter
@@ -197,8 +197,8 @@ def tracked_run(
     tracked = (go_on_tracking if goes_on else start_tracking)(config, run, tags)
     try:
         yield tracked
-    except Exception:
-        tracked.finish("FAILED")
+    except Exception as error:
+        tracked.finish("KILLED" if isinstance(error, StoppedError) else "FAILED")
         raise
     except BaseException:
         tracked.finish("KILLED")
