@@ -142,7 +142,7 @@ def assert_equals_whole(run: RunPaths) -> None:
         for of in (run, whole)
     )
     assert ours == expected
-    assert len(expected) == 4  # adapter and training state, of best and of final
+    assert len(expected) == 6  # adapter in two formats, and training state, of best and of final
     for file in ("train_metrics.jsonl", "eval_metrics.jsonl"):
         assert lines(run, file) == lines(whole, file)
 

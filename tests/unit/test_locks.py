@@ -1,5 +1,6 @@
 """A lock has one owner at a time, tells who that is, and outlives nobody."""
 
+import fcntl
 import subprocess
 import sys
 import threading
@@ -151,6 +152,38 @@ def test_all_who_ask_at_once_see_the_owner(tmp_path: Path) -> None:
         for asker in askers:
             asker.join()
         assert [owner.pid if owner else None for owner in seen] == [other.pid] * 800
+
+
+def test_all_who_ask_at_once_see_that_a_lock_is_free(tmp_path: Path) -> None:
+    path, seen = tmp_path / "lock", []
+    take(path)
+    askers = [threading.Thread(target=lambda: seen.extend(owner_of(path) for _ in range(500))) for _ in range(4)]
+    for asker in askers:
+        asker.start()
+    for asker in askers:
+        asker.join()
+    assert seen == [None] * 2000
+
+
+def test_a_lock_whose_file_is_replaced_while_it_is_taken_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, flock, others = tmp_path / "lock", fcntl.flock, []
+
+    def late(handle: int, how: int) -> None:
+        if not others:
+            path.unlink()
+            others.append(another_owner(path))
+            others.append(others[0].__enter__())
+        flock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    try:
+        with pytest.raises(BusyError) as refused:
+            take(path)
+    finally:
+        others[0].__exit__(None, None, None)
+    assert f"process {others[1].pid} on" in str(refused.value)
 
 
 def test_of_twenty_processes_never_two_have_the_lock_although_its_file_and_folder_go(tmp_path: Path) -> None:
