@@ -22,13 +22,15 @@ from nestune.errors import StoppedError
 from nestune.files import read_json, seal_faults, sha256_file
 from nestune.run_state import read_state
 from nestune.runs import RunPaths
+from nestune.stopping import StopRequests, signals_stop
 from nestune.training.checkpoints import NEEDED
 
 STEPS, EVAL_EVERY = 8, 2
 CODES = {"SIGTERM": 128 + signal.SIGTERM, "SIGINT": 128 + signal.SIGINT, "nestune stop": StoppedError.exit_code}
 # As a user's own, but for a step that takes long; it says when it has begun.
 SLOW_STEP = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from nestune import cli
 from nestune.backends.torch_backend import TorchBackend
 steps, train_step = [], TorchBackend.train_step
@@ -58,6 +60,8 @@ def folder(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pa
     content["tiers"]["inactive_gradients"] = "accumulate"
     content["lora"]["dropout"] = 0.1
     (folder / "run.yaml").write_text(yaml.safe_dump(content))
+    # As on a terminal; what runs in the background may have been told to ignore it.
+    of_pytest = signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for command in ("validate", "tiers"):
@@ -66,6 +70,7 @@ def folder(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pa
         for command in ("train", "evaluate"):
             assert nestune(command, "whole") == 0
         yield folder
+    signal.signal(signal.SIGINT, of_pytest)
 
 
 def prepare(name: str) -> RunPaths:
@@ -217,6 +222,18 @@ def test_a_stopped_evaluation_ends_within_a_batch_and_writes_nothing(
     assert (state.state, state.stage) == ("stopped", "evaluate")
     assert {file: sha256_file(file) for file in run.evaluation.rglob("*") if file.is_file()} == before
     assert [path for path in run.root.rglob(".*") if path != run.lock] == []
+
+
+def test_a_signal_that_is_ignored_stays_ignored(folder: Path) -> None:
+    stop = StopRequests(RunPaths.of("whole"))
+    of_pytest = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with signals_stop(stop):
+            signal.raise_signal(signal.SIGINT)
+            stop.check()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, of_pytest)
 
 
 def test_an_evaluation_after_a_stopped_one_finds_the_same(folder: Path) -> None:
