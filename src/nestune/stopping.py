@@ -53,8 +53,8 @@ def signals_stop(stop: StopRequests) -> Iterator[None]:
     """Within the block, SIGTERM and SIGINT ask to stop; a second signal that is SIGINT ends at once.
 
     A signal that was asked by is passed on, after the block, to whoever had it before: a shell, Prefect and the command
-    line learn in their own way that the process was ended. Outside of the main thread, signals are left alone, and so is
-    one that the process ignores, as shells have those in the background ignore Ctrl-C.
+    line learn in their own way that the process was ended. Outside of the main thread, signals are left alone; one that
+    the process ignores, as what a shell runs in the background ignores Ctrl-C, stays ignored.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
