@@ -14,7 +14,7 @@ from typing import Any
 # The flow is a file of this project, not of the installed package.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from flows.retrain import behave_on_a_terminal, retrain
+from flows.retrain import behave_on_a_terminal, run_once
 
 from nestune.cli import exit_code_of
 from nestune.config import RunConfig, load_config
@@ -38,7 +38,7 @@ def main() -> None:
     configs = {title: load_config(path, [f"model.backend={backend}"]) for title, path in CONFIGS.items()}
     for title, config in configs.items():
         print(f"\n── {title}: {CONFIGS[title]} ──", flush=True)
-        retrain(config, force=True)
+        run_once(config, force=True)
     _print_story(configs)
     print(f"\nDone in {time.monotonic() - began:.0f} s.")
 

@@ -7,74 +7,145 @@ No Prefect server is needed: without one, Prefect starts its own for the time of
 
 # ruff: noqa: E402 - the environment is settled before Prefect reads its settings
 import argparse
+import functools
 import json
 import logging
 import os
 import signal
 import sys
 import threading
-from contextlib import AbstractContextManager
+from collections.abc import Callable
+from datetime import datetime, timedelta
 from typing import Any
+from uuid import UUID
 
 from nestune.environment import set_defaults
 
 set_defaults()
 
+import httpx
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas import State
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.exceptions import CancelledRun, PrefectException, TerminationSignal
 from prefect.runtime import flow_run
-from prefect.states import Cancelled
+from prefect.states import Cancelled, Crashed
 
 from nestune.cli import add_run_options, exit_code_of
 from nestune.config import RunConfig, load_config
 from nestune.errors import NestuneError, ServiceError, StoppedError
-from nestune.run_state import owned, recorded
+from nestune.run_state import RunState, crashed_runs, note_crashed, owned, recorded
 from nestune.runs import RunPaths
 from nestune.stages.train import check_before_training
 
+log = logging.getLogger(__name__)
+
 LEAVE_AFTER_S = 5.0
+# A flow run that became Running later than a stage of it was noted is at work again; clocks are not that far apart.
+CLOCKS_DIFFER = timedelta(seconds=5)
 
 
-def _at(stage: str, config: RunConfig) -> AbstractContextManager[None]:
-    """Note in the run's folder that this flow run is at a stage."""
-    return recorded(RunPaths.of(config.name), stage, flow_run.id)
+def _noted(stage: Callable[..., Any]) -> Callable[..., Any]:
+    """A stage that the run's folder tells of; it returns the state Cancelled where the run was asked to stop."""
+
+    @functools.wraps(stage)
+    def noted(config: RunConfig, *options: bool) -> Any:
+        try:
+            with recorded(RunPaths.of(config.name), stage.__name__, flow_run.id):
+                return stage(config, *options)
+        except StoppedError as stopped:
+            return Cancelled(message=str(stopped))
+        except TerminationSignal as signalled:
+            # Prefect's word for a signal that nobody in Prefect asked for is Crashed, and so it stays.
+            if not _is_being_cancelled():
+                raise
+            stopped_for_it = isinstance(signalled.__context__, StoppedError)
+            return Cancelled(
+                message=str(signalled.__context__) if stopped_for_it else f"cancelled during {stage.__name__}"
+            )
+
+    return noted
+
+
+def _is_being_cancelled() -> bool:
+    """Whether this flow run was cancelled in Prefect, whose runner then sends a signal; False where none can tell."""
+    try:
+        with get_client(sync_client=True) as client:
+            state = client.read_flow_run(UUID(flow_run.id)).state
+    except (PrefectException, httpx.HTTPError):
+        return False
+    return state is not None and state.is_cancelling()
+
+
+def end_dead_runs() -> None:
+    """End what runs whose process died have left open: Prefect hears of it, and their folders tell it for good.
+
+    Prefect would show their flow runs as running for ever. Warns where it does not answer; the next start tells it.
+    """
+    dead = {run: state for run, state in crashed_runs().items() if state.flow_run != flow_run.id}
+    if not dead:
+        return
+    try:
+        with get_client(sync_client=True) as client:
+            for state in dead.values():
+                _end_flow_run(client, state)
+    except (PrefectException, httpx.HTTPError) as error:
+        log.warning("Prefect was not told of runs that crashed (%s): %s", ", ".join(r.root.name for r in dead), error)
+        return
+    for run, state in dead.items():
+        note_crashed(run, state)
+
+
+def _end_flow_run(client: SyncPrefectClient, crashed: RunState) -> None:
+    """Set the flow run of a crashed run to Crashed, unless it has ended, or is at work anew."""
+    if crashed.flow_run is None or crashed.since is None:
+        return
+    known = FlowRunFilter(id=FlowRunFilterId(any_=[UUID(crashed.flow_run)]))
+    for found in client.read_flow_runs(flow_run_filter=known):
+        state = found.state
+        if state is None or not (state.is_running() or state.is_cancelling()):
+            continue
+        if state.timestamp < datetime.fromisoformat(crashed.since) + CLOCKS_DIFFER:
+            client.set_flow_run_state(found.id, Crashed(message=crashed.reason), force=True)
 
 
 @task(task_run_name="validate", cache_policy=NO_CACHE)
+@_noted
 def validate(config: RunConfig) -> dict[str, Any]:
     """Check the JSONL, split it, and write the dataset of the run."""
     from nestune.stages.validate import validate as stage
 
-    with _at("validate", config):
-        return stage(config, RunPaths.of(config.name)).as_dict()
+    return stage(config, RunPaths.of(config.name)).as_dict()
 
 
 @task(task_run_name="tiers", cache_policy=NO_CACHE)
+@_noted
 def tiers(config: RunConfig) -> dict[str, Any]:
     """Divide the LoRA parameters among the tiers."""
     from nestune.stages.assign import assign as stage
 
-    with _at("tiers", config):
-        return stage(config, RunPaths.of(config.name)).as_dict()
+    return stage(config, RunPaths.of(config.name)).as_dict()
 
 
 @task(task_run_name="train", cache_policy=NO_CACHE)
+@_noted
 def train(config: RunConfig, force: bool, resume: bool) -> dict[str, Any]:
     """Train the adapter, or go on with that. No retries: what failed once in training fails again."""
     from nestune.stages.train import train as stage
 
-    with _at("train", config):
-        return stage(config, RunPaths.of(config.name), force=force, resume=resume).as_dict()
+    return stage(config, RunPaths.of(config.name), force=force, resume=resume).as_dict()
 
 
 @task(task_run_name="evaluate", cache_policy=NO_CACHE)
+@_noted
 def evaluate(config: RunConfig) -> dict[str, Any]:
     """Score base, parent, champion and candidate, and let the gate decide."""
     from nestune.stages.evaluate import evaluate as stage
 
-    with _at("evaluate", config):
-        return stage(config, RunPaths.of(config.name)).as_dict()
+    return stage(config, RunPaths.of(config.name)).as_dict()
 
 
 def _may_succeed_later(_task: Any, _run: Any, state: Any) -> bool:
@@ -88,12 +159,19 @@ def _may_succeed_later(_task: Any, _run: Any, state: Any) -> bool:
     retry_delay_seconds=10,
     retry_condition_fn=_may_succeed_later,
 )
+@_noted
 def register(config: RunConfig) -> dict[str, Any]:
     """Register the adapter, and promote it if the gate let it pass. The registry may be across a network."""
     from nestune.stages.register import register as stage
 
-    with _at("register", config):
-        return stage(config, RunPaths.of(config.name)).as_dict()
+    return stage(config, RunPaths.of(config.name)).as_dict()
+
+
+def _unless_stopped(result: Any) -> Any:
+    """A task's result; raises StoppedError where it is the state Cancelled."""
+    if isinstance(result, State):
+        raise StoppedError(result.message)
+    return result
 
 
 @flow(name="retrain", flow_run_name="{config.name}")
@@ -105,16 +183,18 @@ def retrain(config: RunConfig, force: bool = False, resume: bool = False) -> Any
     stage's result, or the state Cancelled when the run was asked to stop.
     """
     run = RunPaths.of(config.name)
+    logging.getLogger("prefect.flow_runs").addFilter(_is_no_cancelled_run)
+    end_dead_runs()
     with owned(run, f"Prefect flow run {flow_run.name}"):
         check_before_training(config, run, force, resume)
         # Called, not submitted: training stays in the main thread, where a signal reaches it.
         try:
             results = {
-                "validate": validate(config),
-                "tiers": tiers(config),
-                "train": train(config, force, resume),
-                "evaluate": evaluate(config),
-                "register": register(config),
+                "validate": _unless_stopped(validate(config)),
+                "tiers": _unless_stopped(tiers(config)),
+                "train": _unless_stopped(train(config, force, resume)),
+                "evaluate": _unless_stopped(evaluate(config)),
+                "register": _unless_stopped(register(config)),
             }
         except StoppedError as stopped:
             return Cancelled(message=str(stopped))
@@ -152,6 +232,14 @@ def _shown(score: dict[str, Any]) -> str:
     return f"{score['loss']:.3f}" if score["exact_match"] is None else f"{score['exact_match']:.1%}"
 
 
+def run_once(config: RunConfig, force: bool = False, resume: bool = False) -> Any:
+    """As `retrain`; raises StoppedError when the run was asked to stop."""
+    try:
+        return retrain(config, force, resume)
+    except CancelledRun as stopped:
+        raise StoppedError(str(stopped)) from None
+
+
 def behave_on_a_terminal() -> None:
     """Have Prefect log an error that says what to do once and without traceback, and let Ctrl-C end all soon."""
     for name in ("prefect.flow_runs", "prefect.task_runs"):
@@ -172,6 +260,11 @@ def _leave_soon(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+def _is_no_cancelled_run(record: logging.LogRecord) -> bool:
+    """False where Prefect would log the traceback of a state that says Cancelled, as the log has said before."""
+    return not (record.exc_info and isinstance(record.exc_info[1], CancelledRun))
+
+
 class _OneLineOfAFailure(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         if record.exc_info and isinstance(record.exc_info[1], NestuneError):
@@ -183,13 +276,13 @@ class _OneLineOfAFailure(logging.Filter):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the flow once; returns 0, 2 for wrong input, 1 for a failure."""
+    """Run the flow once; returns 0, 2 for wrong input, 1 for a failure, 3 when the run was stopped on request."""
     parser = argparse.ArgumentParser(description="From JSONL to a registered adapter, as a Prefect flow.")
     add_run_options(parser, trains=True)
     options = parser.parse_args(arguments)
     behave_on_a_terminal()
     return exit_code_of(
-        lambda: retrain(load_config(options.config, options.set, options.name), options.force, options.resume)
+        lambda: run_once(load_config(options.config, options.set, options.name), options.force, options.resume)
     )
 
 

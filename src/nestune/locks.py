@@ -10,7 +10,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -89,14 +89,14 @@ def _acquire(path: Path, what: str, waiting: Callable[[Owner], None] | None, rem
 
 
 def _try(path: Path) -> int | None:
-    """An open file that holds the lock; None while another process has it."""
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    """An open file that holds the lock; None while another process has it, or deletes it just now."""
+    # Whoever had it may delete file and folder at any moment: before it is opened, locked or looked at.
+    with writing(path), suppress(FileNotFoundError):
+        _make(path.parent)
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Who held it before may have deleted the file since it was opened.
-            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+            if os.path.samestat(os.fstat(handle), path.stat()):
                 return handle
         except BlockingIOError:
             pass
@@ -104,7 +104,16 @@ def _try(path: Path) -> int | None:
             os.close(handle)
             raise
         os.close(handle)
-        return None
+    return None
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        # Also raised for a folder that is deleted at the same time.
+        if folder.exists() and not folder.is_dir():
+            raise
 
 
 def _read(path: Path) -> Owner:

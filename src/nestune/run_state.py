@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Literal
@@ -11,7 +11,7 @@ from typing import Literal
 from nestune.errors import BusyError, InputError, NestuneError, RunError, StoppedError, StorageError
 from nestune.files import read_json, remove, tidy, write_bytes, write_json
 from nestune.locks import Owner, held, owner_of
-from nestune.runs import RunPaths
+from nestune.runs import RUNS, RunPaths
 
 State = Literal["new", "starting", "running", "finished", "stopped", "failed", "crashed"]
 
@@ -57,7 +57,8 @@ def owned(run: RunPaths, command: str) -> Iterator[Owner]:
                     run.lock.unlink()
     finally:
         for folder in made:
-            if folder.is_dir() and not any(folder.iterdir()):
+            # Not when there is anything in it, such as the lock of the next one.
+            with suppress(OSError):
                 folder.rmdir()
 
 
@@ -82,8 +83,10 @@ def recorded(run: RunPaths, stage: str, flow_run: str | None = None) -> Iterator
 
 def read_state(run: RunPaths) -> RunState:
     """How a run stands now."""
-    owner = owner_of(run.lock)
-    noted = _read(run)
+    noted, owner = _read(run), owner_of(run.lock)
+    # A run that starts, or ends, between the two must not be taken for one whose process died.
+    while (now := _read(run)) != noted:
+        noted, owner = now, owner_of(run.lock)
     if owner is not None:
         mine = noted.owner is not None and noted.owner.token == owner.token
         since = noted.since if mine else owner.since
@@ -92,6 +95,13 @@ def read_state(run: RunPaths) -> RunState:
         reason = f"{noted.owner} ended without a word: it was killed, ran out of memory, or the machine went down"
         return RunState("crashed", noted.stage, noted.owner, reason, noted.since, noted.flow_run)
     return noted
+
+
+def crashed_runs() -> dict[RunPaths, RunState]:
+    """Every run below the current folder whose process died, and how it stands."""
+    runs = [RunPaths(folder) for folder in sorted(RUNS.iterdir())] if RUNS.is_dir() else []
+    states = {run: read_state(run) for run in runs if run.state.exists()}
+    return {run: state for run, state in states.items() if state.state == "crashed"}
 
 
 def note_crashed(run: RunPaths, state: RunState) -> None:
@@ -150,5 +160,5 @@ def _read(run: RunPaths) -> RunState:
         content = json.loads(run.state.read_bytes())
         owner = Owner(**content.pop("owner")) if content.get("owner") else content.pop("owner")
         return RunState(**content, owner=owner)
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return RunState("new")

@@ -53,12 +53,14 @@ def signals_stop(stop: StopRequests) -> Iterator[None]:
     """Within the block, SIGTERM and SIGINT ask to stop; a second signal that is SIGINT ends at once.
 
     A signal that was asked by is passed on, after the block, to whoever had it before: a shell, Prefect and the command
-    line learn in their own way that the process was ended. Outside of the main thread, signals are left alone.
+    line learn in their own way that the process was ended. Outside of the main thread, signals are left alone; one that
+    the process ignores, as what a shell runs in the background ignores Ctrl-C, stays ignored.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before: dict[signal.Signals, Any] = {number: signal.getsignal(number) or signal.SIG_DFL for number in SIGNALS}
+    found: dict[signal.Signals, Any] = {number: signal.getsignal(number) or signal.SIG_DFL for number in SIGNALS}
+    before = {number: handler for number, handler in found.items() if handler is not signal.SIG_IGN}
 
     def ask(number: int, frame: FrameType | None) -> None:
         if stop.signal is not None and number == signal.SIGINT:
@@ -70,7 +72,7 @@ def signals_stop(stop: StopRequests) -> Iterator[None]:
                 # Not print, which may have been interrupted itself.
                 os.write(2, b"stopping at the next step; Ctrl-C again ends at once\n")
 
-    for number in SIGNALS:
+    for number in before:
         signal.signal(number, ask)
     pass_on = True
     try:
