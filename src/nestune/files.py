@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nestune.errors import RunError
+from nestune.foreign_files import parse_json, read_bounded
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -103,10 +104,10 @@ def continued(*paths: Path) -> Iterator[None]:
 def read_json(path: Path, remedy: str, keys: Sequence[str] = ()) -> Any:
     """The content of a JSON file of a run, an object with `keys`.
 
-    Raises RunError with the remedy where the file is missing or broken, or lacks a key.
+    Raises RunError with the remedy where the file is missing, broken or far too large, or lacks a key.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(read_bounded(path))
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror}. {remedy}") from None
     except ValueError as error:
