@@ -44,27 +44,39 @@ def kind_of(path: Path) -> str | None:
     return None if stat.S_ISREG(mode) else KINDS.get(stat.S_IFMT(mode), "something else")
 
 
-def parse_json(content: bytes) -> Any:
-    """The value of a JSON text in UTF-8, whose numbers and depth any reader can bear; ValueError when it is not."""
+def folder_at(path: str) -> Path | None:
+    """The folder that a path means, `~` written out; None when there is none, or no path can be like that."""
+    try:
+        folder = Path(path).expanduser()
+        return folder if folder.is_dir() else None
+    except (OSError, RuntimeError, ValueError):  # a name longer than names can be; the home of nobody
+        return None
+
+
+def parse_json(content: bytes, any_number: bool = False) -> Any:
+    """The value of a JSON text in UTF-8, whose depth any reader can bear, and whose whole numbers have 64 bits at most.
+
+    `any_number` is for readers that look at every number themselves. Raises ValueError when it is not so.
+    """
     try:
         value = json.loads(content.decode("utf-8"))
     except RecursionError:
         raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep") from None
-    _check(value)
+    _check(value, any_number)
     return value
 
 
-def _check(value: Any) -> None:
+def _check(value: Any, any_number: bool) -> None:
     """Level by level, so that no depth is too much for it."""
     level = [value]
     for _ in range(MAX_DEPTH + 1):
-        level = list(chain.from_iterable(map(_parts, level)))
+        level = list(chain.from_iterable(_parts(part, any_number) for part in level))
         if not level:
             return
     raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
 
 
-def _parts(value: Any) -> Iterator[Any]:
+def _parts(value: Any, any_number: bool) -> Iterator[Any]:
     if isinstance(value, dict):
         yield from value.keys()
         yield from value.values()
@@ -72,5 +84,5 @@ def _parts(value: Any) -> Iterator[Any]:
         yield from value
     elif isinstance(value, str):
         value.encode("utf-8")  # UnicodeEncodeError, a ValueError, for half a surrogate pair
-    elif isinstance(value, int) and abs(value) >= MAX_NUMBER:
+    elif isinstance(value, int) and abs(value) >= MAX_NUMBER and not any_number:
         raise ValueError(f"it holds a whole number of {value.bit_length()} bits; at most 64 are read")
