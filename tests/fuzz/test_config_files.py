@@ -8,10 +8,10 @@ import pytest
 import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tests.fuzz.hostile import NASTY, altered, as_json, damaged, fuzz, outcome
 
 from nestune.cli import main
 from nestune.config import RunConfig, dump_config, load_config
+from tests.fuzz.hostile import NASTY, altered, as_json, damaged, fuzz, outcome
 
 DATA = Path(__file__).parents[2] / "demo" / "base" / "config.json"
 CONTENT: dict[str, Any] = {
@@ -61,7 +61,12 @@ HAND_MADE = {
     "many underscores": HEAD + b"training: {steps: 1" + b"_" * 200_000 + b"}\n",
     "400 digits": HEAD + b"training: {steps: " + b"9" * 400 + b"}\n",
     "40 digits": HEAD + b"training: {steps: " + b"9" * 40 + b", seed: " + b"9" * 40 + b"}\n",
-    "a float of 40 digits": HEAD + b"training: {learning_rate: " + b"9" * 40 + b"}\nlora: {alpha: 0x" + b"F" * 50 + b"}\n",
+    "a float of 40 digits": HEAD
+    + b"training: {learning_rate: "
+    + b"9" * 40
+    + b"}\nlora: {alpha: 0x"
+    + b"F" * 50
+    + b"}\n",
     "infinity": HEAD + b"training: {learning_rate: .inf}\n",
     "nan": HEAD + b"lora: {alpha: .nan}\n",
     "exponents": HEAD + b"lora: {alpha: 1e999}\ntraining: {learning_rate: 1.0e+999}\n",
@@ -101,11 +106,44 @@ HAND_MADE = {
 }
 SOUND = ("byte order mark", "CRLF", "CR alone", "a tag directive", "a float of 40 digits")
 OVERRIDES = [
-    *("", "=", ".=1", "a", "a..b=1", "a." * 3000 + "a=1", "name.x=1", "data.retention=" + "[" * 3000, "training.steps=0x" + "F" * 9000),
-    *("data.retention.a.b.c.d.e.f=1", "training.steps=" + "1" * 300_000, "tiers=&a [*a]", "lora.rank=!!int ''", "training=2024-13-45"),
-    *('registry.experiment="\\ud800"', "\ud800.x=1", "model.base=\ud800", "data.train=\0", "lora.targets={1: 2}", "tiers.assignments={1: 0}"),
-    *("data.train=~nobody-here/x", "data.train=" + "a/" * 3000, "model.revision=../../x", "model.adapter=models:/../../x@y"),
-    *("training.seed=99999999999999999999", "training.learning_rate=" + "9" * 50, "lora.dropout=-0.0", "data.valid=1e-400"),
+    *(
+        "",
+        "=",
+        ".=1",
+        "a",
+        "a..b=1",
+        "a." * 3000 + "a=1",
+        "name.x=1",
+        "data.retention=" + "[" * 3000,
+        "training.steps=0x" + "F" * 9000,
+    ),
+    *(
+        "data.retention.a.b.c.d.e.f=1",
+        "training.steps=" + "1" * 300_000,
+        "tiers=&a [*a]",
+        "lora.rank=!!int ''",
+        "training=2024-13-45",
+    ),
+    *(
+        'registry.experiment="\\ud800"',
+        "\ud800.x=1",
+        "model.base=\ud800",
+        "data.train=\0",
+        "lora.targets={1: 2}",
+        "tiers.assignments={1: 0}",
+    ),
+    *(
+        "data.train=~nobody-here/x",
+        "data.train=" + "a/" * 3000,
+        "model.revision=../../x",
+        "model.adapter=models:/../../x@y",
+    ),
+    *(
+        "training.seed=99999999999999999999",
+        "training.learning_rate=" + "9" * 50,
+        "lora.dropout=-0.0",
+        "data.valid=1e-400",
+    ),
 ]
 
 
@@ -156,7 +194,10 @@ def test_an_override_made_by_hand_is_read_or_refused_with_a_remedy(path: Path, o
 
 
 @fuzz
-@given(key=st.sampled_from([f"{block}.{key}" for block in CONTENT if block != "name" for key in CONTENT[block]]), value=st.sampled_from(NASTY))
+@given(
+    key=st.sampled_from([f"{block}.{key}" for block in CONTENT if block != "name" for key in CONTENT[block]]),
+    value=st.sampled_from(NASTY),
+)
 @example(key="name", value="../x")
 def test_an_override_of_any_field_is_read_or_refused_with_a_remedy(path: Path, key: str, value: Any) -> None:
     path.write_bytes(VALID)

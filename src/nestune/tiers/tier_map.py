@@ -19,6 +19,8 @@ from nestune.tiers.parameters import LoraParameter, model_order, split_name
 from nestune.tiers.strategies import STRATEGIES
 
 TOO_MANY_RANKS = 64
+# As many as a configuration can have.
+MOST_TIERS = 8
 
 
 @dataclass(frozen=True)
@@ -159,13 +161,13 @@ def read_fitting_tier_map(
     tier_map = read_tier_map(path)
     if tier_map.update_every != tiers.periods or tier_map.strategy != tiers.strategy:
         raise RunError(
-            f"{path} was made with strategy {tier_map.strategy} and periods {list(tier_map.update_every)}; the "
+            f"{path} was made with strategy {tier_map.strategy:.80} and periods {list(tier_map.update_every)}; the "
             f"configuration says {tiers.strategy} and {list(tiers.periods)}. {remedy}"
         )
     differing = _differing(tier_map.made_from, made_from or {})
     if differing:
         verb = "differs" if len(differing) == 1 else "differ"
-        raise RunError(f"{path} was made from something else ({', '.join(differing)} {verb}). {remedy}")
+        raise RunError(f"{path} was made from something else ({', '.join(differing):.500} {verb}). {remedy}")
     fault = find_fault(tier_map.tier_of, parameters)
     if fault is not None:
         raise RunError(f"{path} is for other parameters: {fault}. {remedy}")
@@ -176,7 +178,7 @@ class _TierMapFile(pydantic.BaseModel):
     model_config = ConfigDict(strict=True)
 
     strategy: str
-    update_every: list[Annotated[int, Field(gt=0)] | None]
+    update_every: Annotated[list[Annotated[int, Field(gt=0)] | None], Field(max_length=MOST_TIERS)]
     tiers: dict[str, Annotated[int, Field(ge=0)]]
     warnings: list[str]
     made_from: dict[str, Any]
