@@ -9,6 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from nestune.config.fields import hide_secrets
+
 Location = tuple[str | int, ...]
 LONGEST_WRITTEN_OUT = 10**40
 
@@ -82,7 +84,7 @@ def _line(at: Location, faults: Sequence[Any], model: type[BaseModel]) -> str:
 
 def shown(value: Any) -> str:
     """A value as a message holds it: its beginning, however long, deep or large it is."""
-    return f"{_SHORT.repr(value):.80}"
+    return f"{hide_secrets(_SHORT.repr(value)):.80}"
 
 
 class _Short(reprlib.Repr):

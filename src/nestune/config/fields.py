@@ -1,5 +1,6 @@
 """The types that fields of the configuration are made of."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -7,6 +8,18 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 # No count of a run comes near it, and floats hold every whole number up to it.
 MOST = 2**53
+
+NO_SECRETS = "a password does not belong into a configuration, which is kept and logged"
+# What stands before the host of an address: of web addresses a name alone may be a token, of databases it is a user.
+USERINFO = re.compile(r"((?<=http://)|(?<=https://))[^/?#\s]+@|(?<=://)[^/?#:\s]*:[^?#\s]*@", re.IGNORECASE)
+SECRET_IN_QUERY = re.compile(
+    r"(?<=[?&;])([^=&;\s]*(?:passw|pwd|token|secret|api_?key|auth|credential)[^=&;\s]*=)[^&;\s'\"]+", re.IGNORECASE
+)
+
+
+def hide_secrets(text: str) -> str:
+    """The text with *** for the user and password before a host, and for secrets in the query of an address."""
+    return SECRET_IN_QUERY.sub(r"\1***", USERINFO.sub("***@", text))
 
 
 class Strict(BaseModel):
@@ -18,7 +31,7 @@ class Strict(BaseModel):
 def existing(path: str, info: ValidationInfo) -> str:
     """The path as it is; ValueError when paths are to be checked and there is nothing at this one."""
     if (info.context or {}).get("check_paths") and not _is_there(path):
-        raise ValueError(f"there is no file or folder {path:.200}; relative paths start at {Path.cwd()}")
+        raise ValueError(f"there is no file or folder {hide_secrets(path):.200}; relative paths start at {Path.cwd()}")
     return path
 
 

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from nestune.config.blocks import RunConfig
 from nestune.config.faults import explain
+from nestune.config.fields import hide_secrets
 from nestune.config.yaml_text import read_yaml
 from nestune.errors import SHOWN_FAULTS, ConfigError
 from nestune.foreign_files import read_bounded
@@ -29,7 +30,8 @@ def load_config(path: Path, overrides: Sequence[str] = (), name: str | None = No
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}. Name one with --config.") from None
     except ValueError as error:
-        raise ConfigError(f"{path} cannot be read as YAML in UTF-8: {error}. Mend it there.") from None
+        told = hide_secrets(str(error))
+        raise ConfigError(f"{path} cannot be read as YAML in UTF-8: {told}. Mend it there.") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds {type(raw).__name__}; a configuration is a mapping of blocks such as data:")
     for override in overrides:
@@ -58,13 +60,14 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     path, separator, text = override.partition("=")
     keys = path.split(".")
     if not separator or not all(keys) or len(keys) > MAX_KEYS:
-        raise ConfigError(f"--set {override!r:.80} is not block.key=value, e.g. --set training.steps=20")
+        raise ConfigError(f"--set {hide_secrets(override)!r:.80} is not block.key=value, e.g. --set training.steps=20")
     try:
         if len(text) > MAX_BYTES:
             raise ValueError(f"it has {len(text)} characters, and at most {MAX_BYTES} are read")
         value = read_yaml(text)
     except ValueError as error:
-        raise ConfigError(f"--set {path}: the value {text!r:.80} cannot be read as YAML: {error}") from None
+        told = hide_secrets(f"the value {text!r:.80} cannot be read as YAML: {error}")
+        raise ConfigError(f"--set {path}: {told}. Write it as in a configuration.") from None
     block = raw
     for key in keys[:-1]:
         if block.get(key) is None:

@@ -122,10 +122,9 @@ def _fault_of_scalar(node: yaml.Node, loader: yaml.SafeLoader) -> str | None:
             return f"{value!a:.60} holds a character that no file can; remove it"
         return None
     # As YAML itself would understand it: of another tag, written before it, nobody knows what it would become.
-    understood = loader.resolve(yaml.ScalarNode, value, (True, False))
+    understood = loader.resolve(yaml.ScalarNode, value, (True, False))  # type: ignore[no-untyped-call]
     if node.tag not in [f"{TAG}{kind}" for kind in KINDS] or understood != node.tag:
         return f"{value!r:.60} is read as {node.tag.removeprefix(TAG):.60}; put it in quotes"
     if len(value) > MAX_DIGITS and node.tag in (f"{TAG}int", f"{TAG}float"):
         return f"a number of {len(value)} characters; at most {MAX_DIGITS} are read"
     return None
-
