@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nestune.errors import RunError, StorageError
+from nestune.foreign_files import parse_json, read_bounded
 
 SEAL = "sha256.json"
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
@@ -134,10 +135,10 @@ def seal_faults(folder: Path, needed: Sequence[str]) -> list[str]:
 def read_json(path: Path, remedy: str, keys: Sequence[str] = ()) -> Any:
     """The content of a JSON file of a run, an object with `keys`.
 
-    Raises RunError with the remedy where the file is missing or broken, or lacks a key.
+    Raises RunError with the remedy where the file is missing, broken or far too large, or lacks a key.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(read_bounded(path))
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror}. {remedy}") from None
     except ValueError as error:

@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import pydantic
 from pydantic import ConfigDict, Field, ValidationError
-from pydantic_core import from_json
 
 from nestune.base_model import BaseModel
 from nestune.config import LoraConfig
-from nestune.config.faults import explain
+from nestune.config.faults import explain, shown
+from nestune.foreign_files import parse_json, read_bounded
 
 CONFIG = "adapter_config.json"
 # What PEFT can add to plain LoRA: other matrices, or another use of the same ones.
@@ -90,7 +90,7 @@ def make_adapter_config(modules: Iterable[str], layers: int, lora: LoraConfig, b
 def read_adapter_config(folder: Path) -> AdapterConfig:
     """What the file in a folder says, right or wrong; raises OSError or ValueError when it holds no JSON object."""
     try:
-        content = from_json((folder / CONFIG).read_bytes())
+        content = parse_json(read_bounded(folder / CONFIG), any_number=True)
     except ValueError as error:
         raise ValueError(f"{CONFIG} is not JSON: {error}") from None
     if not isinstance(content, dict):
@@ -115,14 +115,14 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     if not sizes and not faults:
         faults.append("neither PEFT's keys (peft_type, r, lora_alpha) nor mlx-lm's (lora_parameters, num_layers)")
     faults += [
-        f"{key}: nestune trains plain LoRA, without it (seen: {content[key]!r:.80})"
+        f"{key}: nestune trains plain LoRA, without it (seen: {shown(content[key])})"
         for key in BEYOND_LORA
         if content.get(key) not in OFF
     ]
     start = content.get("init_lora_weights")
     if start not in BEGUN_BESIDE_THE_BASE:
         faults.append(
-            f"init_lora_weights: it began by changing the base's weights, which are others here ({start!r:.80})"
+            f"init_lora_weights: it began by changing the base's weights, which are others here ({shown(start)})"
         )
     return AdapterConfig(tuple(sizes), last_layers, tuple(f"{CONFIG}: {fault}" for fault in faults))
 

@@ -9,7 +9,8 @@ The effect is scaled by alpha / rank, mlx-lm's `scale`. A folder of either libra
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,15 +20,18 @@ from numpy.typing import NDArray
 
 from nestune.backends.adapter_config import CONFIG, make_adapter_config, read_adapter_config
 from nestune.base_model import BaseModel
+from nestune.base_sizes import read_shapes
 from nestune.config import LoraConfig
 from nestune.errors import ConfigError
 from nestune.files import write_bytes, write_json
+from nestune.foreign_files import parse_json, read_bounded
 from nestune.tiers.parameters import LoraParameter, parse_parameter
 
 WEIGHTS = "adapter_model.safetensors"
 MLX_WEIGHTS = "adapters.safetensors"
 METADATA = "metadata.json"
 SHOWN_FAULTS = 10
+HEADER_BYTES = 2**20
 FLOATS = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
 
 # Each matrix, described with the shape that it has, and its values (float32) in PEFT's orientation.
@@ -76,7 +80,8 @@ def read_adapter(
     misshapen matrices, or values that are no finite numbers; two files that differ; missing or broken files.
     """
     try:
-        read = [_read_matrices(file) for file in _weights_files(folder)]
+        limit = _most_bytes(expected)
+        read = [_read_matrices(file, limit) for file in _weights_files(folder)]
         config = read_adapter_config(folder)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder}: the adapter is broken: {error}. Train it again, or take another copy.") from None
@@ -84,8 +89,9 @@ def read_adapter(
     first = max(0, layers - (config.last_layers or layers))
     matrices, *twin = (found for found, _ in read)
     faults = config.misfits(lora) + _base_faults(folder, base)
-    faults += _differences(matrices, *twin) if twin else []
-    faults += [fault for _, of_a_file in read for fault in of_a_file]
+    of_files = [fault for _, of_a_file in read for fault in of_a_file]
+    faults += _differences(matrices, *twin) if twin and not of_files else []
+    faults += of_files
     faults += _mismatches(matrices, [matrix for matrix in expected if matrix.layer >= first], lora)
     if faults:
         more = len(faults) - SHOWN_FAULTS
@@ -124,27 +130,50 @@ def adapter_files(folder: Path) -> list[Path]:
 def _weights_files(folder: Path) -> list[Path]:
     files = [folder / name for name in (WEIGHTS, MLX_WEIGHTS) if (folder / name).is_file()]
     if not files or not (folder / CONFIG).is_file():
-        raise ConfigError(f"{folder} is no adapter: it needs {CONFIG}, and {WEIGHTS} or {MLX_WEIGHTS}.")
+        raise ConfigError(
+            f"{folder} is no adapter: it needs {CONFIG}, and {WEIGHTS} or {MLX_WEIGHTS}. Name another folder."
+        )
     return files
 
 
-def _read_matrices(path: Path) -> tuple[Matrices, list[str]]:
-    """The LoRA matrices of a file, and what of it is none; raises ValueError when the file is broken."""
+def _most_bytes(expected: Sequence[LoraParameter]) -> int:
+    """The size of the largest file that may hold these matrices: in float64, with names of any usual length."""
+    return HEADER_BYTES + sum(8 * math.prod(matrix.shape) + 1024 for matrix in expected)
+
+
+def _read_matrices(path: Path, max_bytes: int) -> tuple[Matrices, list[str]]:
+    """The LoRA matrices of a file, and what of it is none; raises ValueError when the file is broken.
+
+    Of one larger than `max_bytes` only the shapes are read.
+    """
+    if path.stat().st_size > max_bytes:
+        fault = f"it has {path.stat().st_size} bytes, and an adapter of this model at most {max_bytes}: it was not read"
+        found, faults = _matrices(path, ((name, shape, None) for name, shape in read_shapes([path]).items()))
+        return found, [f"{path.name}: {fault}", *faults]
     from safetensors import SafetensorError, deserialize
 
     try:
-        tensors = deserialize(path.read_bytes())  # type: ignore[no-untyped-call]
+        tensors = deserialize(read_bounded(path, max_bytes))  # type: ignore[no-untyped-call]
     except SafetensorError as error:
-        raise ValueError(f"{path.name}: {error}") from None
+        raise ValueError(f"{path.name}: {error!s:.500}") from None
+    return _matrices(path, ((key, tuple(tensor["shape"]), tensor) for key, tensor in tensors))
+
+
+def _matrices(
+    path: Path, tensors: Iterable[tuple[str, tuple[int, ...], Mapping[str, Any] | None]]
+) -> tuple[Matrices, list[str]]:
+    """What named tensors are, and what of them is no matrix; of one that is None, only the shape is known."""
     found: Matrices = {}
     faults: list[str] = []
     keys: dict[str, str] = {}
-    for key, tensor in sorted(tensors, key=lambda item: item[0]):
-        values = _as_float32(tensor)
+    for key, shape, tensor in sorted(tensors, key=lambda item: item[0]):
+        values = None if tensor is None else _as_float32(tensor)
         if values is None:
-            faults.append(f"{key} holds {tensor['dtype']}, not floating-point numbers")
-            values = np.zeros(tensor["shape"], np.float32)
-        if not np.isfinite(values).all():
+            if tensor is not None:
+                faults.append(f"{key} holds {tensor['dtype']}, not floating-point numbers")
+            # Takes no memory, whatever the shape.
+            values = np.broadcast_to(np.float32(0), shape)
+        elif not np.isfinite(values).all():
             faults.append(f"{key} holds values that are not finite")
         values = values.T if path.name == MLX_WEIGHTS else values
         matrix = parse_parameter(key, values.shape)
@@ -155,7 +184,7 @@ def _read_matrices(path: Path) -> tuple[Matrices, list[str]]:
         else:
             keys[matrix.name] = key
             found[matrix] = values
-    return found, [f"{path.name}: {fault}" for fault in faults]
+    return found, [f"{path.name}: {fault:.300}" for fault in faults]
 
 
 def _as_float32(tensor: Mapping[str, Any]) -> NDArray[Any] | None:
@@ -232,12 +261,12 @@ def _base_faults(folder: Path, base: BaseModel) -> list[str]:
         log.warning("%s has no %s, so it cannot be told which base it was trained on", folder, METADATA)
         return []
     try:
-        trained_on = _Metadata.model_validate_json(metadata.read_bytes()).base
-    except pydantic.ValidationError:
+        trained_on = _Metadata.model_validate(parse_json(read_bounded(metadata))).base
+    except (OSError, ValueError):  # pydantic's ValidationError is one
         return [f"{METADATA} does not name a base with its sha256"]
     if trained_on.sha256 == base.sha256:
         return []
     return [
-        f"it was trained on {trained_on.reference} (sha256 {trained_on.sha256[:12]}), model.base is {base.reference} "
-        f"(sha256 {base.sha256[:12]})"
+        f"it was trained on {trained_on.reference:.200} (sha256 {trained_on.sha256[:12]}), model.base is "
+        f"{base.reference} (sha256 {base.sha256[:12]})"
     ]

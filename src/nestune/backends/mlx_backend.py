@@ -23,7 +23,7 @@ from nestune.backends.mlx_lora import add_lora, checkpoint_activations, mlx_argu
 from nestune.backends.mlx_optimizer import Arrays, TieredOptimizer
 from nestune.backends.randomness import initial_weights, step_seed
 from nestune.backends.training_state import TrainingState, check_fits
-from nestune.base_model import resolve_base
+from nestune.base_model import a_base_that_computes, code_of_its_own, end_tokens, resolve_base
 from nestune.config import RunConfig
 from nestune.data.batches import Batch
 from nestune.data.tokens import load_tokenizer
@@ -64,8 +64,9 @@ class MlxBackend:
         dtype = "bfloat16" if config.training.precision == "bfloat16" else config.model.dtype
         if dtype != "auto":
             self._model.set_dtype(getattr(mx, dtype))
-        self._end_ids = _end_tokens(settings.get("eos_token_id"), int(tokenizer.eos_token_id))
-        self._body, self._head, self._positions_at_once = _split_head(self._model)
+        self._end_ids = sorted({int(tokenizer.eos_token_id), *end_tokens(settings.get("eos_token_id"))})
+        with a_base_that_computes(self._base):
+            self._body, self._head, self._positions_at_once = _split_head(self._model)
         matrices = add_lora(self._model, config.lora)
         if config.training.gradient_checkpointing:
             checkpoint_activations(self._model.layers)
@@ -238,7 +239,10 @@ class MlxBackend:
 def _load_base(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     """The base model and its settings; raises ConfigError when mlx-lm cannot load it."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    told = mlx_arguments(config)
+    try:
+        told = mlx_arguments(config)
+    except (AttributeError, TypeError, ValueError, KeyError) as error:
+        raise ConfigError(f"model.base: {folder}/config.json makes no sense: {error}. Take another copy.") from error
     if "rope_theta" in told:
         log.warning(
             "%s/config.json has rope_theta in rope_parameters only, where mlx-lm does not look. nestune tells it; "
@@ -247,21 +251,18 @@ def _load_base(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
             folder,
         )
     try:
-        model, settings = load_model(folder, model_config=told)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        model, settings = load_model(folder, model_config=told, trust_remote_code=False)
+    except Exception as error:  # each model's code fails in its own ways at a configuration that makes no sense
+        if "auto_map" in config and config.get("model_type") and "not supported" in str(error):
+            raise code_of_its_own(folder, config, "mlx-lm") from error
         method = (config.get("quantization_config") or {}).get("quant_method")
         quantized = f", quantized by {method}" if method else ""
-        first_line = str(error).strip().partition("\n")[0].rstrip(".?")
+        first_line = str(error).strip().partition("\n")[0].rstrip(".?") or type(error).__name__
         raise ConfigError(
-            f"model.base: mlx-lm does not load the model in {folder}{quantized}: {first_line}. Take another copy, a "
-            "model that mlx-lm knows, or model.backend: torch."
+            f"model.base: mlx-lm does not load the model in {folder}{quantized}: {first_line:.500}. Take another copy, "
+            "a model that mlx-lm knows, or model.backend: torch."
         ) from error
     return model, settings
-
-
-def _end_tokens(of_model: int | Sequence[int] | None, of_tokenizer: int) -> list[int]:
-    ends = [] if of_model is None else [of_model] if isinstance(of_model, int) else list(of_model)
-    return sorted({of_tokenizer, *ends})
 
 
 def _split_head(model: Any) -> tuple[Callable[[mx.array], mx.array], Head, int]:

@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -31,10 +30,10 @@ from nestune.backends.randomness import initial_weights, step_seed
 from nestune.backends.tiered_optimizer import TieredOptimizer
 from nestune.backends.torch_state import read_state, restore_state
 from nestune.backends.training_state import TrainingState, check_fits
-from nestune.base_model import resolve_base
+from nestune.base_model import a_base_that_computes, code_of_its_own, end_tokens, resolve_base
 from nestune.config import RunConfig
 from nestune.data.batches import Batch
-from nestune.data.tokens import Tokenizer, load_tokenizer
+from nestune.data.tokens import load_tokenizer, pad_id_of
 from nestune.errors import ConfigError, DivergedError
 from nestune.tiers.parameters import LoraParameter
 
@@ -72,8 +71,10 @@ class TorchBackend:
         tokenizer = load_tokenizer(self._base.folder)
         dtype = "auto" if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
         self._causal = _load_base(self._base.folder, dtype).to(self.device)
-        self._pad_id = int(tokenizer.pad_token_id)
-        self._causal.generation_config = greedy_generation(self._causal.generation_config, tokenizer)
+        self._pad_id = pad_id_of(tokenizer, self._base.vocabulary)
+        self._causal.generation_config = greedy_generation(
+            self._causal.generation_config, self._pad_id, int(tokenizer.eos_token_id)
+        )
         self._end_ids = frozenset(self._causal.generation_config.eos_token_id)
         self._model = _add_lora(self._causal, config)
         shorten_frozen_forward(self._model)
@@ -241,7 +242,7 @@ class TorchBackend:
         Some models scale or cap their logits afterwards: theirs are made by the whole model, all positions at once.
         """
         probe = torch.arange(4, device=self.device)[None]
-        with torch.no_grad():
+        with torch.no_grad(), a_base_that_computes(self._base):
             logits = self._causal(probe).logits
             alone = self._causal.get_output_embeddings()(self._causal.base_model(probe).last_hidden_state)
         return torch.allclose(alone, logits), max(1, LOGITS_AT_ONCE // logits.shape[-1])
@@ -256,23 +257,23 @@ def _module_path(key: str) -> str:
     return key.removeprefix("base_model.model.").rpartition(".lora_")[0]
 
 
-def greedy_generation(recommended: GenerationConfig, tokenizer: Tokenizer) -> GenerationConfig:
+def greedy_generation(recommended: GenerationConfig, pad_id: int, end_id: int) -> GenerationConfig:
     """Greedy generation that ends at every end token of the base, in place of what the base recommends.
 
     That may sample, or punish repetition, so that a score would depend on more than the weights.
     """
-    ends = recommended.eos_token_id
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    ends = end_tokens(recommended.eos_token_id)
     return GenerationConfig(
         do_sample=False,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=sorted({int(tokenizer.eos_token_id), *ends}),
+        pad_token_id=pad_id,
+        eos_token_id=sorted({end_id, *ends}),
     )
 
 
 def _load_base(folder: Path, dtype: Any) -> Any:
     """The base model; typed loosely, as the methods of Transformers' models mostly bear no types."""
-    quantization = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    quantization = config.get("quantization")
     if quantization is not None:
         raise ConfigError(
             f"model.base: the model in {folder} is quantized for MLX ({quantization.get('bits')} bits), which PyTorch "
@@ -281,11 +282,15 @@ def _load_base(folder: Path, dtype: Any) -> Any:
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    except (SafetensorError, ImportError, OSError, ValueError, KeyError, RuntimeError) as error:
-        first_line = str(error).strip().partition("\n")[0].rstrip(".?")
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, local_files_only=True
+        )
+    except Exception as error:  # each model's code fails in its own ways at a configuration that makes no sense
+        if "trust_remote_code" in str(error):
+            raise code_of_its_own(folder, config, "Transformers") from error
+        first_line = str(error).strip().partition("\n")[0].rstrip(".?") or type(error).__name__
         raise ConfigError(
-            f"model.base: the model in {folder} does not load: {first_line}. Take another copy."
+            f"model.base: the model in {folder} does not load: {first_line:.500}. Take another copy."
         ) from error
 
 

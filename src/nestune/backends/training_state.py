@@ -8,16 +8,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import pydantic
 from numpy.typing import NDArray
+from pydantic import ConfigDict, Field, ValidationError
 
+from nestune.config.faults import explain
 from nestune.errors import ConfigError, RunError
 from nestune.files import write_bytes
+from nestune.foreign_files import kind_of, parse_json
 from nestune.tiers.parameters import split_name
 
 FILE = "training_state.safetensors"
 HEADER = "nestune"
+_Count = Annotated[int, Field(ge=0)]
 What = Literal["first_moment", "second_moment", "window"]
 
 
@@ -62,16 +67,43 @@ def read_training_state(folder: Path) -> TrainingState:
 
     remedy = "Delete that folder to go on from the checkpoint before it, or train anew."
     try:
+        kind = kind_of(folder / FILE)
+        if kind is not None:
+            raise ValueError(f"it is {kind}, not a file")
         with safe_open(folder / FILE, framework="numpy") as file:
-            header = json.loads(file.metadata()[HEADER])
-            arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
-        for key in ("update_every", "updates", "window_steps"):
-            header[key] = tuple(header[key])
-        return TrainingState(**header, arrays=arrays)
+            header = _Header.model_validate(parse_json(((file.metadata() or {})[HEADER]).encode()))
+            names = list(file.keys())
+            stored = {key: file.get_slice(key).get_dtype() for key in names}
+            other = next((f"{key} holds {dtype}" for key, dtype in stored.items() if dtype != "F32"), None)
+            if other is not None:
+                raise ValueError(f"{other:.200}, not float32")
+            arrays = {key: file.get_tensor(key) for key in names}
     except OSError:
         raise RunError(f"there is no {folder / FILE}, so training cannot go on from there. {remedy}") from None
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{folder / FILE} is broken: {error}. {remedy}") from None
+    except ValidationError as error:
+        raise RunError(f"{folder / FILE} is broken: {explain(error, _Header)[0]} {remedy}") from None
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise RunError(f"{folder / FILE} is broken: {error!s:.500}. {remedy}") from None
+    return TrainingState(
+        **header.model_dump(exclude={"update_every", "updates", "window_steps"}),
+        update_every=tuple(header.update_every),
+        updates=tuple(header.updates),
+        window_steps=tuple(header.window_steps),
+        arrays=arrays,
+    )
+
+
+class _Header(pydantic.BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    optimizer: str
+    update_every: list[_Count | None]
+    inactive_gradients: str
+    seed: _Count
+    tier_of: dict[str, _Count]
+    steps: _Count
+    updates: list[_Count]
+    window_steps: list[_Count]
 
 
 def check_fits(state: TrainingState, ours: TrainingState, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -80,7 +112,7 @@ def check_fits(state: TrainingState, ours: TrainingState, shapes: Mapping[str, t
     shapes: canonical name of each matrix -> its shape.
     """
     faults = [
-        f"its {key} is {getattr(state, key)}, here {getattr(ours, key)}"
+        f"its {key} is {getattr(state, key)!s:.80}, here {getattr(ours, key)}"
         for key in ("optimizer", "update_every", "inactive_gradients", "seed")
         if getattr(state, key) != getattr(ours, key)
     ]
@@ -88,16 +120,22 @@ def check_fits(state: TrainingState, ours: TrainingState, shapes: Mapping[str, t
     other = next((pair for pair in pairs if pair[0] != pair[1]), None)
     if other is not None:
         its, here = other
-        saved = f"{its[0]} on tier {its[1]}" if its else "nothing more"
+        saved = f"{its[0]:.200} on tier {its[1]}" if its else "nothing more"
         faults.append(f"it has {saved}, here {f'{here[0]} is on tier {here[1]}' if here else 'is nothing more'}")
     else:
         expected = {name: _shape(name, shapes) for name in ours.tier_of}
         faults += [
-            f"its {key} has shape {list(array.shape)}, expected {list(expected.get(key.rpartition('/')[0], ()))}"
+            f"its {key:.200} has shape {list(array.shape)}, expected {list(expected.get(key.rpartition('/')[0], ()))}"
             for key, array in state.arrays.items()
             if expected.get(key.rpartition("/")[0]) != array.shape
         ]
-        faults += _missing(state)
+        counts = (len(state.updates), len(state.window_steps))
+        if counts == (len(ours.updates), len(ours.window_steps)):
+            faults += _missing(state)
+        else:
+            faults.append(
+                f"it counts updates of {counts[0]} tiers and windows of {counts[1]}, not of {len(ours.updates)}"
+            )
     if faults:
         lines = ["the training state does not fit:", *faults, "Go on with the configuration it was saved with."]
         raise ConfigError("\n  ".join(lines))

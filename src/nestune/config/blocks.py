@@ -1,12 +1,12 @@
 """The one typed description of a run. Every default lives here; YAML files hold what differs."""
 
 import re
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
 from nestune.config.fields import (
+    NO_SECRETS,
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
@@ -19,7 +19,11 @@ from nestune.config.fields import (
     Strict,
     as_tuple,
     existing,
+    hide_secrets,
 )
+from nestune.foreign_files import folder_at
+
+REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,254}")
 
 
 class ModelConfig(Strict):
@@ -38,6 +42,8 @@ class ModelConfig(Strict):
     @field_validator("base", "adapter")
     @classmethod
     def _folder_exists(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and hide_secrets(value) != value:
+            raise ValueError(f"{NO_SECRETS}; set HF_TOKEN for the hub, and name the model alone")
         # `name` and `owner/name` may be hub ids; what starts like a path or has more parts is a folder.
         looks_like_path = value is not None and (value.startswith((".", "/", "~")) or value.count("/") > 1)
         if value is not None and looks_like_path and not value.startswith("models:/"):
@@ -46,9 +52,17 @@ class ModelConfig(Strict):
 
     @field_validator("revision")
     @classmethod
+    def _a_name(cls, revision: str | None) -> str | None:
+        # It becomes part of a path in the cache.
+        if revision is not None and (not REVISION.fullmatch(revision) or ".." in revision):
+            raise ValueError("must be a commit hash, tag or branch: letters, digits, '.', '_', '-' and '/'")
+        return revision
+
+    @field_validator("revision")
+    @classmethod
     def _only_of_a_hub_model(cls, revision: str | None, info: ValidationInfo) -> str | None:
         base = info.data.get("base")
-        if revision is not None and base is not None and Path(base).expanduser().is_dir():
+        if revision is not None and base is not None and folder_at(base) is not None:
             raise ValueError(f"model.base {base} is a folder here and has no revisions; remove model.revision")
         return revision
 
@@ -309,10 +323,10 @@ class RegistryConfig(Strict):
     @field_validator("tracking_uri")
     @classmethod
     def _no_password(cls, uri: str | None) -> str | None:
-        if uri is not None and re.match(r"[^/]+://[^/@]*:[^/@]*@", uri):
+        if uri is not None and hide_secrets(uri) != uri:
             raise ValueError(
-                "a password does not belong into a configuration, which is kept and logged; "
-                "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (PGPASSWORD for PostgreSQL) instead"
+                f"{NO_SECRETS}; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN "
+                "(PGPASSWORD for PostgreSQL) instead"
             )
         return uri
 

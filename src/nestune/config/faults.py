@@ -1,6 +1,7 @@
 """What is wrong with a configuration, in plain words: one line for each field, with what is allowed there."""
 
 import difflib
+import reprlib
 import types
 import typing
 from collections.abc import Collection, Sequence
@@ -8,7 +9,10 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from nestune.config.fields import hide_secrets
+
 Location = tuple[str | int, ...]
+LONGEST_WRITTEN_OUT = 10**40
 
 # What a field must be, by pydantic's name of the fault; the parts in braces come from the fault.
 ALLOWED = {
@@ -74,8 +78,26 @@ def _line(at: Location, faults: Sequence[Any], model: type[BaseModel]) -> str:
         message += f": {', '.join(_known_keys(at, model))}"
     # A password is not for the screen; a whole block is more than a line holds, and its fault names the field.
     hidden = "password" in message or (isinstance(first["input"], (dict, BaseModel)) and _known_keys(at, model))
-    seen = "" if hidden else f" (seen: {first['input']!r:.80})"
+    seen = "" if hidden else f" (seen: {shown(first['input'])})"
     return f"{where}: {message[:1].lower() + message[1:]}{seen}."
+
+
+def shown(value: Any) -> str:
+    """A value as a message holds it: its beginning, however long, deep or large it is."""
+    return f"{hide_secrets(_SHORT.repr(value)):.80}"
+
+
+class _Short(reprlib.Repr):
+    """Writes only the beginning of a value."""
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to write out the longest ones.
+        return repr(x) if abs(x) < LONGEST_WRITTEN_OUT else f"a whole number of {x.bit_length()} bits"
+
+
+_SHORT = _Short()
+_SHORT.maxlevel, _SHORT.maxdict, _SHORT.maxlist, _SHORT.maxtuple = 4, 16, 16, 16
+_SHORT.maxstring = _SHORT.maxother = 100
 
 
 def _known_keys(at: Location, model: type[BaseModel]) -> list[str]:

@@ -1,9 +1,25 @@
 """The types that fields of the configuration are made of."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationInfo
+
+# No count of a run comes near it, and floats hold every whole number up to it.
+MOST = 2**53
+
+NO_SECRETS = "a password does not belong into a configuration, which is kept and logged"
+# What stands before the host of an address: of web addresses a name alone may be a token, of databases it is a user.
+USERINFO = re.compile(r"((?<=http://)|(?<=https://))[^/?#\s]+@|(?<=://)[^/?#:\s]*:[^?#\s]*@", re.IGNORECASE)
+SECRET_IN_QUERY = re.compile(
+    r"(?<=[?&;])([^=&;\s]*(?:passw|pwd|token|secret|api_?key|auth|credential)[^=&;\s]*=)[^&;\s'\"]+", re.IGNORECASE
+)
+
+
+def hide_secrets(text: str) -> str:
+    """The text with *** for the user and password before a host, and for secrets in the query of an address."""
+    return SECRET_IN_QUERY.sub(r"\1***", USERINFO.sub("***@", text))
 
 
 class Strict(BaseModel):
@@ -14,9 +30,16 @@ class Strict(BaseModel):
 
 def existing(path: str, info: ValidationInfo) -> str:
     """The path as it is; ValueError when paths are to be checked and there is nothing at this one."""
-    if (info.context or {}).get("check_paths") and not Path(path).expanduser().exists():
-        raise ValueError(f"there is no file or folder {path}; relative paths start at {Path.cwd()}")
+    if (info.context or {}).get("check_paths") and not _is_there(path):
+        raise ValueError(f"there is no file or folder {hide_secrets(path):.200}; relative paths start at {Path.cwd()}")
     return path
+
+
+def _is_there(path: str) -> bool:
+    try:
+        return Path(path).expanduser().exists()
+    except (OSError, RuntimeError):  # a name longer than names can be, or the home of a user who does not exist
+        return False
 
 
 def as_tuple(value: object) -> object:
@@ -37,8 +60,8 @@ def _free_name(name: str) -> str:
 
 
 # Whole numbers are strict. Other numbers may be text: PyYAML reads 1e-3, without a point, as a string.
-PositiveInt = Annotated[int, Field(gt=0, strict=True)]
-NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
+PositiveInt = Annotated[int, Field(gt=0, le=MOST, strict=True)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=MOST, strict=True)]
 Number = Annotated[float, BeforeValidator(_no_bool)]
 PositiveFloat = Annotated[Number, Field(gt=0)]
 NonNegativeFloat = Annotated[Number, Field(ge=0)]

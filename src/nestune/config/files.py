@@ -9,7 +9,15 @@ from pydantic import ValidationError
 
 from nestune.config.blocks import RunConfig
 from nestune.config.faults import explain
-from nestune.errors import ConfigError
+from nestune.config.fields import hide_secrets
+from nestune.config.yaml_text import read_yaml
+from nestune.errors import SHOWN_FAULTS, ConfigError
+from nestune.foreign_files import read_bounded
+
+# Thousands of paths; a configuration has one or a few.
+MAX_BYTES = 2**18
+# Keys of an override: of the deepest field there are three.
+MAX_KEYS = 8
 
 
 def load_config(path: Path, overrides: Sequence[str] = (), name: str | None = None) -> RunConfig:
@@ -18,11 +26,12 @@ def load_config(path: Path, overrides: Sequence[str] = (), name: str | None = No
     Raises ConfigError with every fault at once: unknown keys, wrong values, paths that do not exist.
     """
     try:
-        raw = _read_yaml(path.read_text(encoding="utf-8"))
+        raw = read_yaml(read_bounded(path, MAX_BYTES).decode("utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}. Name one with --config.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as YAML in UTF-8: {error}. Mend it there.") from None
+    except ValueError as error:
+        told = hide_secrets(str(error))
+        raise ConfigError(f"{path} cannot be read as YAML in UTF-8: {told}. Mend it there.") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds {type(raw).__name__}; a configuration is a mapping of blocks such as data:")
     for override in overrides:
@@ -38,7 +47,8 @@ def parse_config(raw: Mapping[str, Any], source: str = "the configuration") -> R
         return RunConfig.model_validate(raw, context={"check_paths": True})
     except ValidationError as error:
         faults = explain(error, RunConfig)
-        raise ConfigError("\n  ".join([f"{source}: {len(faults)} fault(s)", *faults])) from None
+        shown = faults[:SHOWN_FAULTS] + [f"... and {len(faults) - SHOWN_FAULTS} more"] * (len(faults) > SHOWN_FAULTS)
+        raise ConfigError("\n  ".join([f"{source}: {len(faults)} fault(s)", *shown])) from None
 
 
 def dump_config(config: RunConfig) -> str:
@@ -46,32 +56,18 @@ def dump_config(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _read_yaml(text: str) -> Any:
-    return yaml.load(text, _KeysOnce)
-
-
-class _KeysOnce(yaml.SafeLoader):
-    """YAML in which a key given twice in one mapping is an error; YAML's own rule is that the last wins."""
-
-    def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value} is given twice", problem_mark=key.start_mark)
-            seen.add(str(key.value))
-        return node
-
-
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     path, separator, text = override.partition("=")
     keys = path.split(".")
-    if not separator or not all(keys):
-        raise ConfigError(f"--set {override!r} is not block.key=value, e.g. --set training.steps=20")
+    if not separator or not all(keys) or len(keys) > MAX_KEYS:
+        raise ConfigError(f"--set {hide_secrets(override)!r:.80} is not block.key=value, e.g. --set training.steps=20")
     try:
-        value = _read_yaml(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {path}: the value {text!r} cannot be read as YAML: {error}") from None
+        if len(text) > MAX_BYTES:
+            raise ValueError(f"it has {len(text)} characters, and at most {MAX_BYTES} are read")
+        value = read_yaml(text)
+    except ValueError as error:
+        told = hide_secrets(f"the value {text!r:.80} cannot be read as YAML: {error}")
+        raise ConfigError(f"--set {path}: {told}. Write it as in a configuration.") from None
     block = raw
     for key in keys[:-1]:
         if block.get(key) is None:

@@ -3,10 +3,15 @@
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
+
+import pydantic
+from pydantic import ConfigDict, ValidationError
 
 from nestune.config import DataConfig, ReplayConfig
+from nestune.config.faults import explain
 from nestune.data.records import read_records
-from nestune.data.report import settings_of
+from nestune.data.report import set_names, settings_of
 from nestune.data.tokens import Row, Tokenizer, encode_all
 from nestune.errors import Fault, RunError
 from nestune.files import read_json, sha256_file
@@ -19,7 +24,8 @@ class Dataset:
     """The rows of a run: what is trained on, validated with, measured for retention (by name), and replayed.
 
     `sha256` is the hash of them all. A set is read when it is first asked for, as rows of at most `max_length` tokens;
-    that raises RunError when it does not suit the tokenizer.
+    that raises RunError when it does not suit the tokenizer, ConfigError when its tokens are not all among the
+    base's `vocabulary`.
     """
 
     folder: Path
@@ -27,6 +33,7 @@ class Dataset:
     sha256: str
     tokenizer: Tokenizer
     max_length: int
+    vocabulary: int | None = None
 
     @cached_property
     def train(self) -> list[Row]:
@@ -48,7 +55,8 @@ class Dataset:
     def _rows(self, name: str) -> list[Row]:
         path = self.folder / f"{name}.jsonl"
         rows = []
-        for outcome in encode_all(read_records(path, path.stat().st_size), self.tokenizer, self.max_length):
+        records = read_records(path, path.stat().st_size)
+        for outcome in encode_all(records, self.tokenizer, self.max_length, self.vocabulary):
             if isinstance(outcome, Fault):
                 raise RunError(f"{outcome}. It was good when it was validated, with other settings. {REMEDY}")
             rows.append(outcome[1])
@@ -56,7 +64,12 @@ class Dataset:
 
 
 def load_dataset(
-    data: DataConfig, replay: ReplayConfig, tokenizer: Tokenizer, max_length: int, folder: Path
+    data: DataConfig,
+    replay: ReplayConfig,
+    tokenizer: Tokenizer,
+    max_length: int,
+    folder: Path,
+    vocabulary: int | None = None,
 ) -> Dataset:
     """The dataset that was built into a folder.
 
@@ -64,15 +77,31 @@ def load_dataset(
     """
     written = folder / "report.json"
     remedy = REMEDY if written.exists() else "Run nestune validate."
-    report = read_json(written, remedy, keys=["settings", "outputs", "sets", "sha256"])
+    try:
+        report = _Report.model_validate(read_json(written, remedy, keys=["settings", "outputs", "sets", "sha256"]))
+    except ValidationError as error:
+        raise RunError(f"{written} is no report of a dataset: {explain(error, _Report)[0]} {REMEDY}") from None
     asked = settings_of(data, replay)
-    differing = [key for key in asked if report["settings"].get(key) != asked[key]]
+    differing = [key for key in asked if report.settings.get(key) != asked[key]]
     if differing:
         raise RunError(f"{folder} was made with other settings ({', '.join(differing)} differ). {REMEDY}")
-    changed = [name for name, sha256 in report["outputs"].items() if _hash(folder / name) != sha256]
+    # Which files are read is not for a file to say: it follows from the settings.
+    names = set_names(data, replay)
+    if set(report.sets) != set(names) or set(report.outputs) != {f"{name}.jsonl" for name in names}:
+        raise RunError(f"{written} names other sets than its settings make. {REMEDY}")
+    changed = [name for name, sha256 in report.outputs.items() if _hash(folder / name) != sha256]
     if changed:
         raise RunError(f"{folder}: {', '.join(changed)} changed since validation. {REMEDY}")
-    return Dataset(folder, tuple(report["sets"]), report["sha256"], tokenizer, max_length)
+    return Dataset(folder, tuple(report.sets), report.sha256, tokenizer, max_length, vocabulary)
+
+
+class _Report(pydantic.BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    settings: dict[str, Any]
+    sets: dict[str, Any]
+    outputs: dict[str, str]
+    sha256: str
 
 
 def _hash(path: Path) -> str | None:

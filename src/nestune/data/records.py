@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, count, islice
 from pathlib import Path
@@ -70,21 +70,6 @@ class Record:
     def as_json(self) -> str:
         """The record on one line."""
         return _dump(self.content)
-
-
-def find_files(paths: Sequence[str]) -> list[Path]:
-    """The files among `paths` and every *.jsonl below the folders among them, sorted folder by folder.
-
-    Raises DataError when a path does not exist or a folder holds none.
-    """
-    files: list[Path] = []
-    for path in (Path(path).expanduser() for path in paths):
-        found = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path] if path.exists() else []
-        if not found:
-            what = "holds no *.jsonl" if path.is_dir() else "does not exist"
-            raise DataError(f"{path} {what}. Name a file of JSON lines, or a folder with *.jsonl in it.")
-        files += found
-    return files
 
 
 def read_records(path: Path, max_line_bytes: int, tally: Counter[str] | None = None) -> Iterator[Record | Fault]:

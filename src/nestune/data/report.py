@@ -68,6 +68,12 @@ def settings_of(data: DataConfig, replay: ReplayConfig) -> dict[str, Any]:
     }
 
 
+def set_names(data: DataConfig, replay: ReplayConfig) -> list[str]:
+    """The sets that a dataset of these settings has."""
+    replayed = [f"replay/{number}" for number in range(len(replay.files))]
+    return ["train", "valid", *replayed, *(f"retention/{name}" for name in data.retention)]
+
+
 def report_set(
     records: "pandas.DataFrame", faults: Sequence[Fault], tally: Counter[str], ignored_keys: Counter[str]
 ) -> SetReport:

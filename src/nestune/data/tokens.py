@@ -21,6 +21,9 @@ GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Tokenising many texts in one call is quicker; the limits bound the memory.
 CHUNK_RECORDS = 512
 CHUNK_CHARACTERS = 2_000_000
+# Four times the largest vocabularies; ten times as much memory is spent on reading them.
+MAX_TOKENIZER_BYTES = 2**27
+TEMPLATE_FAULTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,12 +54,19 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
     remedy = "Name a base model whose folder holds its tokenizer.json."
+    too_large = [file.name for file in tokenizer_files(folder) if file.stat().st_size > MAX_TOKENIZER_BYTES]
+    if too_large:
+        raise ConfigError(
+            f"model.base: {', '.join(too_large)} in {folder} is larger than {MAX_TOKENIZER_BYTES} bytes. {remedy}"
+        )
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ConfigError(f"model.base: {folder} holds no tokenizer. {remedy}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises plain Exception for a broken file
-        raise ConfigError(f"model.base: the tokenizer in {folder} does not load: {error}. {remedy}") from error
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the tokenizers library raises plain Exception for a broken file, or panics
+        raise ConfigError(f"model.base: the tokenizer in {folder} does not load: {error!s:.500}. {remedy}") from error
     if not tokenizer.is_fast:
         raise ConfigError(f"model.base: the tokenizer in {folder} cannot say which text a token stands for. {remedy}")
     if tokenizer.eos_token_id is None:
@@ -66,7 +76,29 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    try:
+        _start_tokens(tokenizer)
+    except (TypeError, ValueError, OverflowError) as error:
+        said = f"the tokenizer in {folder} does not work: {error!s:.200}"
+        raise ConfigError(f"model.base: {said}. {remedy}") from error
     return tokenizer
+
+
+def pad_id_of(tokenizer: Tokenizer, vocabulary: int | None) -> int:
+    """The token that pads: the tokenizer's, or its end token where the model has no row for that one.
+
+    Some bases are published so; nothing is computed from padding, but it is looked up. Raises ConfigError when the
+    end token too is beyond the base's `vocabulary`.
+    """
+    pad_id, end_id = int(tokenizer.pad_token_id), int(tokenizer.eos_token_id)
+    if vocabulary is None or pad_id < vocabulary:
+        return pad_id
+    if end_id >= vocabulary:
+        raise ConfigError(
+            f"model.base: its tokenizer ends a text with {tokenizer.eos_token!r:.40}, token {end_id}, and the model "
+            f"knows {vocabulary} tokens (vocab_size). Take a copy of the base whose tokenizer belongs to its weights."
+        )
+    return end_id
 
 
 def encode(record: Record, tokenizer: Tokenizer, max_length: int) -> Row | Fault:
@@ -79,14 +111,17 @@ def encode(record: Record, tokenizer: Tokenizer, max_length: int) -> Row | Fault
 
 
 def encode_all(
-    records: Iterable[Record | Fault], tokenizer: Tokenizer, max_length: int
+    records: Iterable[Record | Fault], tokenizer: Tokenizer, max_length: int, vocabulary: int | None = None
 ) -> Iterator[tuple[Record, Row] | Fault]:
-    """As `encode`, for many records at the speed of a batch. Faults pass through; the order stays."""
+    """As `encode`, for many records at the speed of a batch. Faults pass through; the order stays.
+
+    Raises ConfigError also where the tokenizer writes a token beyond the base's `vocabulary`.
+    """
     start = _start_tokens(tokenizer)
     drafts = (record if isinstance(record, Fault) else _draft(record, tokenizer) for record in records)
     for chunk in _chunks(drafts):
         good = [draft for draft in chunk if isinstance(draft, _Draft)]
-        rows = _rows(good, start, tokenizer, max_length)
+        rows = _rows(good, start, tokenizer, max_length, vocabulary)
         for draft in chunk:
             yield draft if isinstance(draft, Fault) else next(rows)
 
@@ -144,8 +179,9 @@ def _chat_draft(record: Record, tokenizer: Tokenizer) -> _Draft | Fault:
             spans = _spans_marked_by_the_template(messages, tokenizer)
         else:
             spans = _assistant_spans(record, text, prompt, tokenizer)
-    except (TemplateError, TypeError) as error:  # templates refuse what they cannot render, or fail on odd types
-        problem = f"refused by the chat template: {error}"
+    # Templates are programs: they refuse what they cannot render, or fail on odd values in ways of their own.
+    except (TemplateError, *TEMPLATE_FAULTS) as error:
+        problem = f"refused by the chat template: {error!s:.500}"
         return Fault(record.file, record.line, "messages", problem, "Write the turns as the base model expects them")
     return _Draft(record, text, spans, prompt, messages[-1]["content"].strip(), rendered=True)
 
@@ -235,7 +271,7 @@ def _chunks(drafts: Iterable[_Draft | Fault]) -> Iterator[list[_Draft | Fault]]:
 
 
 def _rows(
-    drafts: Sequence[_Draft], start: list[int], tokenizer: Tokenizer, max_length: int
+    drafts: Sequence[_Draft], start: list[int], tokenizer: Tokenizer, max_length: int, vocabulary: int | None
 ) -> Iterator[tuple[Record, Row] | Fault]:
     """`start` are the tokens that the tokenizer writes before a text."""
     encoded = _tokenize([draft.text for draft in drafts], tokenizer, with_offsets=True)
@@ -248,6 +284,7 @@ def _rows(
             supervised = np.concatenate([np.zeros(len(start), bool), supervised, np.ones(len(end), bool)])
             ids = start + ids + end
             prompt = None if prompt is None else start + prompt
+        _check_known([*ids, *(prompt or [])], draft.record, tokenizer, vocabulary)
         supervised[:1] = False  # nothing stands before the first token to predict it from
         if not supervised[:max_length].any():
             yield _nothing_to_learn(draft, len(ids), int(supervised.sum()), max_length)
@@ -260,6 +297,16 @@ def _rows(
             truncated=len(ids) > max_length,
         )
         yield draft.record, row
+
+
+def _check_known(ids: Sequence[int], record: Record, tokenizer: Tokenizer, vocabulary: int | None) -> None:
+    highest = max(ids, default=0)
+    if vocabulary is not None and highest >= vocabulary:
+        raise ConfigError(
+            f"model.base: its tokenizer writes {tokenizer.convert_ids_to_tokens(highest)!r:.40} in {record.file}:"
+            f"{record.line} as token {highest}, and the model knows {vocabulary} tokens (vocab_size). "
+            "Take a copy of the base whose tokenizer belongs to its weights."
+        )
 
 
 def _supervised(offsets: Sequence[Span], spans: Sequence[Span]) -> NDArray[np.bool_]:
@@ -298,6 +345,8 @@ def _tokenize(texts: Sequence[str], tokenizer: Tokenizer, with_offsets: bool = F
 def _start_tokens(tokenizer: Tokenizer) -> list[int]:
     """The special tokens that the tokenizer writes before a text by default, such as a begin token."""
     encoded = tokenizer("a", return_special_tokens_mask=True)
+    if 0 not in encoded["special_tokens_mask"]:
+        raise ValueError("it makes no token of the letter a")
     first_of_text = encoded["special_tokens_mask"].index(0)
     start: list[int] = encoded["input_ids"][:first_of_text]
     return start

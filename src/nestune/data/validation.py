@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from nestune.config import DataConfig, ReplayConfig
 from nestune.data.expectations import check_profile
+from nestune.data.find_files import find_files
 from nestune.data.profile import Profile
-from nestune.data.records import Record, find_files, read_lines, read_records
+from nestune.data.records import Record, read_lines, read_records
 from nestune.data.report import DatasetReport, SetReport, rejected_lines, report_set, settings_of
 from nestune.data.tokens import Tokenizer, encode_all, marked_text
 from nestune.errors import DataError, Fault
@@ -24,14 +25,17 @@ if TYPE_CHECKING:
 RAW_BYTES_OF_A_REJECTED_LINE = 2000
 
 
-def build_dataset(data: DataConfig, replay: ReplayConfig, tokenizer: Tokenizer, folder: Path) -> DatasetReport:
+def build_dataset(
+    data: DataConfig, replay: ReplayConfig, tokenizer: Tokenizer, folder: Path, vocabulary: int | None = None
+) -> DatasetReport:
     """Write the files of a dataset, its report and Data Docs into `folder`, which appears whole or not at all.
 
     Raises DataError with every fault when records cannot be used and data.on_invalid is fail, when no record of a
-    set can, or when an expectation is not met; ConfigError when the tokenizer cannot render a chat.
+    set can, or when an expectation is not met; ConfigError when the tokenizer cannot render a chat, or writes tokens
+    beyond the base's `vocabulary`.
     """
     with replaced_folder(folder) as new:
-        builder = _Builder(data, settings_of(data, replay), tokenizer, new)
+        builder = _Builder(data, settings_of(data, replay), tokenizer, vocabulary, new)
         train = builder.read("train", find_files(data.train), trained={})
         replayed = [
             builder.read(f"replay/{number}", find_files([entry]), trained={})
@@ -52,8 +56,11 @@ def build_dataset(data: DataConfig, replay: ReplayConfig, tokenizer: Tokenizer, 
 class _Builder:
     """The sets of a dataset as far as they are read: their files in `folder`, profile, faults and tallies."""
 
-    def __init__(self, data: DataConfig, settings: dict[str, Any], tokenizer: Tokenizer, folder: Path) -> None:
+    def __init__(
+        self, data: DataConfig, settings: dict[str, Any], tokenizer: Tokenizer, vocabulary: int | None, folder: Path
+    ) -> None:
         self.data, self.settings, self.tokenizer, self.folder = data, settings, tokenizer, folder
+        self.vocabulary = vocabulary
         self.profile = Profile()
         self.sources: dict[str, list[Path]] = {}
         self.faults: dict[str, list[Fault]] = {}
@@ -76,7 +83,7 @@ class _Builder:
         path.parent.mkdir(exist_ok=True)
         records = (record for file in files for record in read_records(file, self.data.max_line_bytes, tally))
         with path.open("wb") as file:
-            for outcome in encode_all(records, self.tokenizer, self.data.max_seq_length):
+            for outcome in encode_all(records, self.tokenizer, self.data.max_seq_length, self.vocabulary):
                 if isinstance(outcome, Fault):
                     faults.append(outcome)
                     continue

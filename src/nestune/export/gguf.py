@@ -84,7 +84,7 @@ def _settings(base: BaseModel) -> Any:
     """The base's configuration, with what its config.json leaves to be the default."""
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(base.folder)
+    return AutoConfig.from_pretrained(base.folder, trust_remote_code=False, local_files_only=True)
 
 
 def _describe(writer: "GGUFWriter", config: Any, base: BaseModel, embedding: Tensor) -> None:

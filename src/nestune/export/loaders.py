@@ -16,6 +16,9 @@ from nestune.export.check import Logits
 from nestune.export.gguf import FILE
 from nestune.export.job import Job
 
+# No code that comes with a model is run, and nothing is fetched.
+AS_IT_IS: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+
 
 def load_with_peft(job: Job, folder: Path) -> Logits:
     """The logits of the base with the adapter in a folder, by PEFT; raises RunError when PEFT does not load it."""
@@ -23,7 +26,7 @@ def load_with_peft(job: Job, folder: Path) -> Logits:
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
 
-        base = AutoModelForCausalLM.from_pretrained(job.base.folder, dtype="float32")
+        base = AutoModelForCausalLM.from_pretrained(job.base.folder, dtype="float32", use_safetensors=True, **AS_IT_IS)
         return _torch_logits(PeftModel.from_pretrained(base, folder))
 
 
@@ -44,7 +47,7 @@ def load_merged(job: Job, folder: Path) -> Logits:
     with _speaking_to("Transformers"):
         from transformers import AutoModelForCausalLM
 
-        return _torch_logits(AutoModelForCausalLM.from_pretrained(folder, dtype="float32"))
+        return _torch_logits(AutoModelForCausalLM.from_pretrained(folder, dtype="float32", **AS_IT_IS))
 
 
 def load_gguf(job: Job, folder: Path) -> Logits:
@@ -52,7 +55,8 @@ def load_gguf(job: Job, folder: Path) -> Logits:
     with _speaking_to("Transformers"):
         from transformers import AutoModelForCausalLM
 
-        return _torch_logits(AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype="float32"))
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype="float32", **AS_IT_IS)
+        return _torch_logits(model)
 
 
 def mlx_logits(model_folder: Path, adapter: Path | None = None) -> Logits:
@@ -63,7 +67,8 @@ def mlx_logits(model_folder: Path, adapter: Path | None = None) -> Logits:
     import mlx.core as mx
     from mlx_lm import load
 
-    model, *_ = load(str(model_folder), adapter_path=str(adapter) if adapter else None)
+    of = str(adapter) if adapter else None
+    model, *_ = load(str(model_folder), adapter_path=of, trust_remote_code=False)
     model.set_dtype(mx.float32)
     model.eval()
     return lambda tokens: np.array(model(mx.array([tokens]))[0].astype(mx.float32))

@@ -25,7 +25,7 @@ def dequantize(folder: Path, target: Path) -> None:
     import mlx.core as mx
     from mlx_lm.utils import dequantize_model, load_model, save_model
 
-    model, _ = load_model(folder, lazy=True)
+    model, _ = load_model(folder, lazy=True, trust_remote_code=False)
     # Scales in float32 give weights in float32: nothing is rounded before the adapter is added.
     model.set_dtype(mx.float32)
     save_model(target, dequantize_model(model), donate_model=True)

@@ -14,6 +14,7 @@ from nestune.base_model import BaseModel
 from nestune.config import RegistryConfig, RunConfig
 from nestune.errors import ConfigError, RunError
 from nestune.files import read_json, sha256_file
+from nestune.foreign_files import folder_at
 from nestune.registry.connection import connect, environment_defaults, speaking_to, tracking_uri, unrepeated
 
 CANDIDATE = "candidate"
@@ -113,9 +114,9 @@ def resolve_adapter(reference: str, registry: RegistryConfig) -> Path:
     Raises ConfigError when there is no such folder, name, alias or version.
     """
     if not reference.startswith("models:/"):
-        folder = Path(reference).expanduser()
-        if not folder.is_dir():
-            raise ConfigError(f"model.adapter is {reference!r}: no such folder. {FORMS}")
+        folder = folder_at(reference)
+        if folder is None:
+            raise ConfigError(f"model.adapter is {reference!r:.200}: no such folder. {FORMS}")
         return folder
     _, name, version = pin_adapter(reference, registry).split("/")
     return _fetch(connect(registry), tracking_uri(registry), name, version)
@@ -127,7 +128,7 @@ def pin_adapter(reference: str, registry: RegistryConfig) -> str:
         return reference
     parts = REFERENCE.fullmatch(reference)
     if parts is None:
-        raise ConfigError(f"model.adapter is {reference!r}. {FORMS}")
+        raise ConfigError(f"model.adapter is {reference!r:.200}. {FORMS}")
     client, uri, name = connect(registry), tracking_uri(registry), parts["name"]
     with speaking_to(uri):
         known = {f"@{alias}": version for alias, version in _aliases(client, name).items()}

@@ -11,7 +11,7 @@ from nestune.base_model import BaseModel, resolve_base
 from nestune.config import ImportanceConfig, RunConfig, TierConfig
 from nestune.data.batches import Batch, training_steps
 from nestune.data.dataset import Dataset, load_dataset
-from nestune.data.tokens import load_tokenizer, tokenizer_files
+from nestune.data.tokens import load_tokenizer, pad_id_of, tokenizer_files
 from nestune.files import sha256_file, sha256_files
 from nestune.registry.versions import resolve_adapter
 from nestune.runs import RunPaths
@@ -73,9 +73,9 @@ def read_training_inputs(config: RunConfig, run: RunPaths) -> TrainingInputs:
     base = resolve_base(config.model)
     tokenizer = load_tokenizer(base.folder)
     row_limit = base.row_limit(config.data.max_seq_length)
-    dataset = load_dataset(config.data, config.retention.replay, tokenizer, row_limit, run.dataset)
+    dataset = load_dataset(config.data, config.retention.replay, tokenizer, row_limit, run.dataset, base.vocabulary)
     parent = resolve_adapter(config.model.adapter, config.registry) if config.model.adapter else None
-    return TrainingInputs(config, base, dataset, int(tokenizer.pad_token_id), parent)
+    return TrainingInputs(config, base, dataset, pad_id_of(tokenizer, base.vocabulary), parent)
 
 
 def tier_map_depends_on(tiers: TierConfig, measured_on: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,7 +45,8 @@ def validate(config: RunConfig, run: RunPaths) -> ValidateResult:
     """
     base = resolve_base(config.model)
     data = config.data.model_copy(update={"max_seq_length": base.row_limit(config.data.max_seq_length)})
-    report = build_dataset(data, config.retention.replay, load_tokenizer(base.folder), run.dataset)
+    tokenizer = load_tokenizer(base.folder)
+    report = build_dataset(data, config.retention.replay, tokenizer, run.dataset, base.vocabulary)
     write_text(run.config, dump_config(config))
     record_stage(
         run,

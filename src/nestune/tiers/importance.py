@@ -11,8 +11,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import pydantic
+from pydantic import ConfigDict, Field, ValidationError
+
+from nestune.config.faults import explain
 from nestune.errors import ConfigError, RunError
 from nestune.files import read_json, write_json
 from nestune.tiers.parameters import LoraParameter
@@ -90,7 +94,26 @@ def read_importance(path: Path) -> Measured:
     content = read_json(path, remedy, keys=["measured_on", "importance", "seconds", "sha256"])
     if content.pop("sha256") != _sha256(content):
         raise RunError(f"{path} was changed by hand. {remedy}")
-    return Measured(content["importance"], content["measured_on"], content["seconds"])
+    try:
+        kept = _MeasuredFile.model_validate(content)
+    except ValidationError as error:
+        raise RunError(f"{path} holds no importances: {explain(error, _MeasuredFile)[0]} {remedy}") from None
+    return Measured(kept.importance, content["measured_on"], kept.seconds)
+
+
+class _MeasuredOn(pydantic.BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    measure: str
+    steps: Annotated[int, Field(gt=0)]
+
+
+class _MeasuredFile(pydantic.BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    importance: dict[str, float]
+    measured_on: _MeasuredOn
+    seconds: Annotated[float, Field(ge=0)]
 
 
 def _sha256(content: Mapping[str, Any]) -> str:

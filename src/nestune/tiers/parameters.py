@@ -11,7 +11,7 @@ LORA_NAME = re.compile(
 )
 # As a layer computes them; frameworks list them in orders of their own.
 IN_A_LAYER = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
-RANKS = re.compile(r"(?P<matrix>.+)\[(?P<start>\d+):(?P<stop>\d+)\]")
+RANKS = re.compile(r"(?P<matrix>.+)\[(?P<start>[0-9]{1,9}):(?P<stop>[0-9]{1,9})\]")
 
 
 @dataclass(frozen=True)

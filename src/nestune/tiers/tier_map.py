@@ -5,14 +5,22 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import pydantic
+from pydantic import ConfigDict, Field, ValidationError
 
 from nestune.config import TierConfig
+from nestune.config.faults import explain
 from nestune.errors import ConfigError, RunError
 from nestune.files import read_json, write_json
 from nestune.tiers.importance import Importance
 from nestune.tiers.parameters import LoraParameter, model_order, split_name
 from nestune.tiers.strategies import STRATEGIES
+
+TOO_MANY_RANKS = 64
+# As many as a configuration can have.
+MOST_TIERS = 8
 
 
 @dataclass(frozen=True)
@@ -99,14 +107,18 @@ def find_fault(tier_of: Mapping[str, int], parameters: Sequence[LoraParameter]) 
     for name in tier_of:
         matrix, ranks = split_name(name)
         if matrix not in seen:
-            return f"{name} is no parameter of this model"
-        seen[matrix] += range(ranks_of[matrix]) if ranks is None else ranks
+            return f"{name:.200} is no parameter of this model"
+        rank, found = ranks_of[matrix], seen[matrix]
+        # A file can name more ranks than fit into memory; a few too many are enough to tell that there are.
+        if len(found) <= rank:
+            found += range(rank) if ranks is None else ranks[: rank + TOO_MANY_RANKS]
     for name, found in seen.items():
         if not found:
             return f"{name} is on no tier"
         if sorted(found) != list(range(ranks_of[name])):
             return f"{name} has ranks {sorted(found)} on tiers, not each of 0 to {ranks_of[name] - 1} once"
-    return None
+    empty = next((name for name in tier_of if split_name(name)[1] == range(0)), None)
+    return None if empty is None else f"{empty} names no rank"
 
 
 def write_tier_map(tier_map: TierMap, path: Path) -> None:
@@ -117,18 +129,20 @@ def write_tier_map(tier_map: TierMap, path: Path) -> None:
 def read_tier_map(path: Path) -> TierMap:
     """The map in a file. Raises RunError when the file is missing, is no tier map, or was changed by hand."""
     remedy = "Run nestune tiers again."
-    content = read_json(path, remedy)
     try:
-        tier_map = TierMap(
-            content["strategy"],
-            tuple(content["update_every"]),
-            {str(name): int(tier) for name, tier in content["tiers"].items()},
-            tuple(content["warnings"]),
-            dict(content["made_from"]),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RunError(f"{path} is not a tier map: {type(error).__name__} {error}. {remedy}") from None
-    if content.get("sha256") != tier_map.sha256:
+        content = _TierMapFile.model_validate(read_json(path, remedy))
+    except ValidationError as error:
+        faults = explain(error, _TierMapFile)
+        more = f" (and {len(faults) - 1} more faults)" if len(faults) > 1 else ""
+        raise RunError(f"{path} is not a tier map: {faults[0]}{more} {remedy}") from None
+    tier_map = TierMap(
+        content.strategy,
+        tuple(content.update_every),
+        content.tiers,
+        tuple(content.warnings),
+        content.made_from,
+    )
+    if content.sha256 != tier_map.sha256:
         raise RunError(f"{path} was changed by hand; to choose tiers yourself, use tiers.strategy manual. {remedy}")
     if not set(tier_map.tier_of.values()) <= set(range(len(tier_map.update_every))):
         raise RunError(f"{path} names a tier outside 0 to {len(tier_map.update_every) - 1}. {remedy}")
@@ -147,17 +161,28 @@ def read_fitting_tier_map(
     tier_map = read_tier_map(path)
     if tier_map.update_every != tiers.periods or tier_map.strategy != tiers.strategy:
         raise RunError(
-            f"{path} was made with strategy {tier_map.strategy} and periods {list(tier_map.update_every)}; the "
+            f"{path} was made with strategy {tier_map.strategy:.80} and periods {list(tier_map.update_every)}; the "
             f"configuration says {tiers.strategy} and {list(tiers.periods)}. {remedy}"
         )
     differing = _differing(tier_map.made_from, made_from or {})
     if differing:
         verb = "differs" if len(differing) == 1 else "differ"
-        raise RunError(f"{path} was made from something else ({', '.join(differing)} {verb}). {remedy}")
+        raise RunError(f"{path} was made from something else ({', '.join(differing):.500} {verb}). {remedy}")
     fault = find_fault(tier_map.tier_of, parameters)
     if fault is not None:
         raise RunError(f"{path} is for other parameters: {fault}. {remedy}")
     return tier_map
+
+
+class _TierMapFile(pydantic.BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    strategy: str
+    update_every: Annotated[list[Annotated[int, Field(gt=0)] | None], Field(max_length=MOST_TIERS)]
+    tiers: dict[str, Annotated[int, Field(ge=0)]]
+    warnings: list[str]
+    made_from: dict[str, Any]
+    sha256: str
 
 
 def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokenizer import chat
 
-from nestune.data.records import Line, Record, find_files, parse, read_lines, read_records
+from nestune.data.find_files import find_files
+from nestune.data.records import Line, Record, parse, read_lines, read_records
 from nestune.errors import DataError, Fault
 
 LIMIT = 10_000_000

@@ -1,6 +1,8 @@
 import json
 
+import numpy as np
 import pytest
+from safetensors.numpy import save
 from tiny_tokenizer import build_tokenizer
 
 from nestune.config import load_config, parse_config
@@ -16,7 +18,7 @@ def base(tmp_path):
     folder = tmp_path / "base"
     build_tokenizer().save_pretrained(folder)
     (folder / "config.json").write_text('{"model_type": "qwen2"}')
-    (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / "model.safetensors").write_bytes(save({"w": np.zeros(1)}))
     return folder
 
 
