@@ -6,14 +6,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nestune.backends.accelerator import accelerator_held
-from nestune.backends.adapters import WEIGHTS
+from nestune.backends.adapters import METADATA, WEIGHTS
 from nestune.backends.factory import Choice, accelerator, choose_backend, make_backend
 from nestune.backends.training_state import read_training_state
 from nestune.base_model import resolve_base
 from nestune.config import RunConfig, dump_config
 from nestune.data.batches import evaluation_batches
 from nestune.errors import RunError, ServiceError, StoppedError
-from nestune.files import sha256_file, write_text
+from nestune.files import read_json, sha256_file, write_text
 from nestune.registry.tracking import TrackedRun, tracked_run
 from nestune.registry.versions import fitting_champion, resolve_adapter
 from nestune.runs import RunPaths, record_stage
@@ -102,7 +102,8 @@ def train(config: RunConfig, run: RunPaths, force: bool = False, resume: bool = 
     best = BestLoss(config.training.early_stopping)
     if checkpoint is not None:
         best.restore(checkpoint.metadata)
-        if has_ended(checkpoint, config):
+        # What was killed after its last checkpoint goes on with what follows it: MLflow's run, and the manifest.
+        if has_ended(checkpoint, config) and _is_recorded(run, checkpoint):
             forget_replaced(run)
             return _result(config, run, best, checkpoint.metadata["backend"], checkpoint.step)
     stop = StopRequests(run)
@@ -167,6 +168,13 @@ def _train(
                 raise
     forget_replaced(run)
     return trains_on
+
+
+def _is_recorded(run: RunPaths, checkpoint: Checkpoint) -> bool:
+    """Whether the manifest, which is written last of all, tells of a checkpoint."""
+    told = read_json(run.manifest, "Delete it; the stages write it anew.") if run.manifest.exists() else {}
+    metadata = checkpoint.folder / METADATA
+    return bool(told.get("train", {}).get("outputs", {}).get(metadata.as_posix()) == sha256_file(metadata))
 
 
 def _other_data(checkpoint: Checkpoint, inputs: TrainingInputs) -> RunError:
