@@ -154,11 +154,13 @@ def kill_at_operations(place: Workplace, wanted: dict[str, list[int]], generator
     return chains
 
 
-def kill_at_random(place: Workplace, kills: int, generator: random.Random) -> list[Chain]:
-    """Kill trainings at random moments of what is left of them; one start in REAL is as a user starts it."""
+def kill_at_random(
+    place: Workplace, kills: int, generator: random.Random, real_every: int | None = REAL
+) -> list[Chain]:
+    """Kill trainings at random moments of what is left of them; one start in `real_every` is as a user starts it."""
     lines = metrics_lines(place.reference / "metrics" / METRICS[0], without=())
     training_s = sum(line["step_time_s"] for line in lines)
-    start_s = {real: time_to_start(place, real) for real in (False, True)}
+    start_s = {real: time_to_start(place, real) for real in (False, real_every is not None)}
     chains: list[Chain] = []
     killed = 0
     while killed < kills:
@@ -166,7 +168,7 @@ def kill_at_random(place: Workplace, kills: int, generator: random.Random) -> li
         chains.append(chain)
         status = None
         while status is None:
-            real = killed % REAL == 0
+            real = real_every is not None and killed % real_every == 0
             left_s = start_s[real] + training_s * (1 - newest_step(run) / place.steps)
             began = time.time()
             started = place.begin(run, real)

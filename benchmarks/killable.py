@@ -18,8 +18,10 @@ import os
 import random
 import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, tzinfo
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,8 @@ class Order:
 
     operations: place -> the operation there, counted from 1, before which it dies; the first that is reached counts.
     call, number: before the how manieth call of a function, `module:Class.method`, it dies. note: the file in which it
-    notes where it died; or, when it ends by itself, all operations that it came by.
+    notes where it died; or, when it ends by itself, all operations that it came by. clock_s: by how many seconds its
+    clock is wrong.
     """
 
     arguments: tuple[str, ...]
@@ -62,6 +65,7 @@ class Order:
     call: str | None = None
     number: int = 0
     torn: int | None = None
+    clock_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -210,6 +214,8 @@ def run(order: Order) -> int:
     watch.install()
     if order.call is not None:
         die_at_call(order.call, order.number, watch)
+    if order.clock_s:
+        turn_clock(order.clock_s)
     code = cli.main(list(order.arguments))
     seen = [asdict(operation) for operation in watch.seen]
     Path(order.note).write_text(json.dumps({"seen": seen}))
@@ -234,6 +240,23 @@ def die_at_call(call: str, number: int, watch: Watch) -> None:
         return original(*arguments, **options)
 
     setattr(owner, attribute, counted)
+
+
+def turn_clock(seconds: float) -> None:
+    """Let the clock be wrong, as one is that was set in between: what nestune and its libraries read of it."""
+    right = time.time
+
+    class Turned(datetime):
+        """The time that the wrong clock shows."""
+
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override]
+            return datetime.fromtimestamp(right() + seconds, tz)
+
+    time.time = lambda: right() + seconds
+    for name, module in list(sys.modules.items()):
+        if name.startswith("nestune.") and getattr(module, "datetime", None) is datetime:
+            module.datetime = Turned  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":
