@@ -2,11 +2,13 @@
 
     python benchmarks/kill.py [--kills 100] [--backend torch|mlx] [--seed 0] [--json FILE] [--smoke]
 
-The process group of a training is killed by SIGKILL, the same command is started again, and so on until it ends: at
-random moments, of `nestune train` as a user starts it, uniform over the time that is left from its start to its end;
-and just before every operation on files of the save path, one after another: of the first `best`, of one in place of
-it, of a periodic checkpoint that makes an older one go, of `final`, and of what follows it. Half of these also leave
-files as a machine that goes down may leave them, cut at a random place after the last sync.
+The process group of a training is killed by SIGKILL, the same command is started again, and so on until it ends:
+
+- just before every operation on files of the save path, one after another: of the first `best`, of one in place of it,
+  of a periodic checkpoint that makes an older one go, of `final`, and of what follows it. Half of these also leave
+  files as a machine that goes down may leave them, cut at a random place after the last sync.
+- at random moments, uniform over the time that is left to its end from its start, or from its first step. One start in
+  five is `nestune train` as a user starts it; all others are forked from a process that has imported the libraries.
 
 A training that has ended must be as one that was never killed: adapters and optimizer state of every checkpoint by
 SHA-256, metrics line by line but for what the clock says, the manifest, the state, and nothing left over. Where it is
@@ -157,7 +159,10 @@ def kill_at_operations(place: Workplace, wanted: dict[str, list[int]], generator
 def kill_at_random(
     place: Workplace, kills: int, generator: random.Random, real_every: int | None = REAL
 ) -> list[Chain]:
-    """Kill trainings at random moments of what is left of them; one start in `real_every` is as a user starts it."""
+    """Kill trainings at random moments of what is left of them; one start in `real_every` is as a user starts it.
+
+    Every second one from its first step on: how long a start takes, a busy machine changes from minute to minute.
+    """
     lines = metrics_lines(place.reference / "metrics" / METRICS[0], without=())
     training_s = sum(line["step_time_s"] for line in lines)
     start_s = {real: time_to_start(place, real) for real in (False, real_every is not None)}
@@ -169,11 +174,15 @@ def kill_at_random(
         status = None
         while status is None:
             real = real_every is not None and killed % real_every == 0
-            left_s = start_s[real] + training_s * (1 - newest_step(run) / place.steps)
+            left_s = training_s * (1 - newest_step(run) / place.steps)
+            from_first_step, enough = killed % 2 == 1, killed >= kills
             began = time.time()
             started = place.begin(run, real)
-            enough = killed >= kills
-            status = started.wait(PATIENCE_S if enough else generator.uniform(0, left_s))
+            if from_first_step and not enough:
+                status = wait_for_step(started, run, began)
+            if status is None:
+                within_s = left_s if from_first_step else start_s[real] + left_s
+                status = started.wait(PATIENCE_S if enough else generator.uniform(0, within_s))
             if status is None:
                 status = kill(started)
             if status == -signal.SIGKILL and not enough:
@@ -202,14 +211,23 @@ def end(chain: Chain, place: Workplace, run: Path, status: int, said: str) -> No
 def time_to_start(place: Workplace, real: bool) -> float:
     """Seconds from the start of a training to its first step."""
     run = place.fresh()
-    began = time.perf_counter()
+    began = time.time()
     started = place.begin(run, real)
-    while newest_line(run) is None and started.wait(0.05) is None:
-        assert time.perf_counter() < began + PATIENCE_S, place.said()
-    seconds = time.perf_counter() - began
+    wait_for_step(started, run, began)
+    seconds = time.time() - began
     kill(started)
     shutil.rmtree(run)
     return seconds
+
+
+def wait_for_step(started: Started, run: Path, began: float) -> int | None:
+    """Wait until a training has written of a step; how it ended, if it has before."""
+    status = None
+    while status is None and (newest_line(run) or 0.0) <= began:
+        if time.time() > began + PATIENCE_S:
+            raise TimeoutError(f"{run} has not taken a step in {PATIENCE_S} s")
+        status = started.wait(0.05)
+    return status
 
 
 def newest_line(run: Path) -> float | None:
