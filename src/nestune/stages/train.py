@@ -25,7 +25,7 @@ from nestune.stopping import StopRequests, signals_stop
 from nestune.tiers.schedule import TierSchedule
 from nestune.tiers.tier_map import read_fitting_tier_map
 from nestune.training.best_loss import BestLoss
-from nestune.training.checkpoints import Checkpoint, Checkpoints, newest_checkpoint
+from nestune.training.checkpoints import Checkpoint, Checkpoints, discard_stopped, newest_checkpoint
 from nestune.training.loop import run_training
 from nestune.training.out_of_memory import told_out_of_memory
 from nestune.training.progress import ProgressBar
@@ -112,6 +112,7 @@ def train(config: RunConfig, run: RunPaths, force: bool = False, resume: bool = 
         if has_ended(checkpoint, config):
             # What was killed after its last checkpoint still lacks what comes after that.
             send_what_is_missing(config, run)
+            discard_stopped(run.checkpoints)
             _record(run)
             forget_replaced(run)
             return _result(config, run, best, checkpoint.metadata["backend"], checkpoint.step)

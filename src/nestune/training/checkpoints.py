@@ -113,7 +113,9 @@ class Checkpoints:
     def save_periodic(self, step: int, best: BestLoss) -> None:
         """Write `checkpoint_<step>`, and delete the oldest beyond `keep_last`."""
         self.save(_name(step), best)
-        self._delete(self._periodic()[: -self._config.training.keep_last], than=_name(step))
+        old = _periodic(self._folder)[: -self._config.training.keep_last]
+        if self._is_on_disk(_name(step), old):
+            _remove_all(old)
 
     def save_stopped(self, step: int, best: BestLoss) -> Path:
         """Write `checkpoint_<step>` of a training that is stopped there; returns its folder."""
@@ -123,19 +125,20 @@ class Checkpoints:
     def save_final(self, best: BestLoss) -> None:
         """Write the checkpoint `final`; those that were only there because training was stopped go."""
         self.save(FINAL, best)
-        self._delete([path for path in self._periodic() if _read(path).metadata.get("on_the_way")], than=FINAL)
+        if self._is_on_disk(FINAL, _periodic(self._folder)):
+            discard_stopped(self._folder)
 
-    def _periodic(self) -> list[Path]:
-        return sorted((path for path in self._folder.iterdir() if PERIODIC.fullmatch(path.name)), key=_step)
-
-    def _delete(self, old: Sequence[Path], than: str) -> None:
-        """Delete checkpoints that are older than a new one, once that has been read back from the disk."""
-        faults = seal_faults(self._folder / than, NEEDED) if old else []
+    def _is_on_disk(self, name: str, older: Sequence[Path]) -> bool:
+        """Whether a checkpoint that was just written reads back as it should; asked where older ones are to go."""
+        faults = seal_faults(self._folder / name, NEEDED) if older else []
         if faults:
-            log.warning("%s is not as it was saved (%s), so older checkpoints are kept", than, "; ".join(faults))
-            return
-        for path in old:
-            remove(path)
+            log.warning("%s is not as it was saved (%s), so older checkpoints are kept", name, "; ".join(faults))
+        return not faults
+
+
+def discard_stopped(folder: Path) -> None:
+    """Delete the checkpoints of a training that has ended which were only there because it was stopped on the way."""
+    _remove_all([path for path in _periodic(folder) if _read(path).metadata.get("on_the_way")])
 
 
 def read_checkpoints(run: RunPaths) -> list[Checkpoint]:
@@ -189,6 +192,16 @@ def _read(folder: Path) -> Checkpoint:
         return Checkpoint(folder, int(metadata["step"]), metadata, tuple(faults))
     except (RunError, TypeError, ValueError, OverflowError):
         return Checkpoint(folder, _step(folder), {}, tuple(faults or [f"{METADATA} says too little"]))
+
+
+def _periodic(folder: Path) -> list[Path]:
+    """The periodic checkpoints in a folder, the oldest first."""
+    return sorted((path for path in folder.iterdir() if PERIODIC.fullmatch(path.name)), key=_step)
+
+
+def _remove_all(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        remove(folder)
 
 
 def _name(step: int) -> str:
