@@ -27,7 +27,7 @@ import httpx
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.orchestration import get_client
 from prefect.client.schemas import State
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.exceptions import CancelledRun, PrefectException, TerminationSignal
@@ -37,11 +37,10 @@ from prefect.states import Cancelled, Crashed
 from nestune.cli import add_run_options, exit_code_of
 from nestune.config import RunConfig, load_config
 from nestune.errors import NestuneError, ServiceError, StoppedError
-from nestune.run_state import RunState, crashed_runs, note_crashed, owned, recorded
+from nestune.run_state import RunState, owned, recorded
 from nestune.runs import RunPaths
+from nestune.stages.dead_runs import end_dead_runs
 from nestune.stages.train import check_before_training
-
-log = logging.getLogger(__name__)
 
 LEAVE_AFTER_S = 5.0
 # A flow run that became Running later than a stage of it was noted is at work again; clocks are not that far apart.
@@ -80,36 +79,24 @@ def _is_being_cancelled() -> bool:
     return state is not None and state.is_cancelling()
 
 
-def end_dead_runs() -> None:
-    """End what runs whose process died have left open: Prefect hears of it, and their folders tell it for good.
+def end_flow_run(crashed: RunState) -> None:
+    """Set the flow run of a crashed run, which Prefect shows as running for ever, to Crashed.
 
-    Prefect would show their flow runs as running for ever. Warns where it does not answer; the next start tells it.
+    One that has ended is left alone, as is one that is at work anew. Raises ServiceError when Prefect does not answer.
     """
-    dead = {run: state for run, state in crashed_runs().items() if state.flow_run != flow_run.id}
-    if not dead:
-        return
-    try:
-        with get_client(sync_client=True) as client:
-            for state in dead.values():
-                _end_flow_run(client, state)
-    except (PrefectException, httpx.HTTPError) as error:
-        log.warning("Prefect was not told of runs that crashed (%s): %s", ", ".join(r.root.name for r in dead), error)
-        return
-    for run, state in dead.items():
-        note_crashed(run, state)
-
-
-def _end_flow_run(client: SyncPrefectClient, crashed: RunState) -> None:
-    """Set the flow run of a crashed run to Crashed, unless it has ended, or is at work anew."""
-    if crashed.flow_run is None or crashed.since is None:
+    if crashed.flow_run in (None, flow_run.id) or crashed.since is None:
         return
     known = FlowRunFilter(id=FlowRunFilterId(any_=[UUID(crashed.flow_run)]))
-    for found in client.read_flow_runs(flow_run_filter=known):
-        state = found.state
-        if state is None or not (state.is_running() or state.is_cancelling()):
-            continue
-        if state.timestamp < datetime.fromisoformat(crashed.since) + CLOCKS_DIFFER:
-            client.set_flow_run_state(found.id, Crashed(message=crashed.reason), force=True)
+    try:
+        with get_client(sync_client=True) as client:
+            for found in client.read_flow_runs(flow_run_filter=known):
+                state = found.state
+                if state is None or not (state.is_running() or state.is_cancelling()):
+                    continue
+                if state.timestamp < datetime.fromisoformat(crashed.since) + CLOCKS_DIFFER:
+                    client.set_flow_run_state(found.id, Crashed(message=crashed.reason), force=True)
+    except (PrefectException, httpx.HTTPError) as error:
+        raise ServiceError(f"Prefect does not answer: {error}. See that its server runs.") from error
 
 
 @task(task_run_name="validate", cache_policy=NO_CACHE)
@@ -184,7 +171,7 @@ def retrain(config: RunConfig, force: bool = False, resume: bool = False) -> Any
     """
     run = RunPaths.of(config.name)
     logging.getLogger("prefect.flow_runs").addFilter(_is_no_cancelled_run)
-    end_dead_runs()
+    end_dead_runs(end_flow_run)
     with owned(run, f"Prefect flow run {flow_run.name}"):
         check_before_training(config, run, force, resume)
         # Called, not submitted: training stays in the main thread, where a signal reaches it.

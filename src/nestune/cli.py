@@ -115,6 +115,10 @@ def _run(options: argparse.Namespace) -> None:
     run = RunPaths.of(config.name)
     stages = STAGES if options.command == "run" else (options.command,)
     results: dict[str, Any] = {}
+    if options.command in ("train", "run"):
+        from nestune.stages.dead_runs import end_dead_runs
+
+        end_dead_runs()
     with owned(run, f"nestune {options.command} --name {config.name}"):
         if options.command == "run":
             from nestune.stages.train import check_before_training

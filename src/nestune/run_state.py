@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Literal
 
-from nestune.errors import BusyError, InputError, NestuneError, RunError, StoppedError, StorageError
+from nestune.errors import InputError, NestuneError, RunError, StoppedError, StorageError
 from nestune.files import read_json, remove, tidy, write_bytes, write_json
 from nestune.locks import Owner, held, owner_of
 from nestune.runs import RUNS, RunPaths
@@ -98,19 +98,21 @@ def read_state(run: RunPaths) -> RunState:
 
 
 def crashed_runs() -> dict[RunPaths, RunState]:
-    """Every run below the current folder whose process died, and how it stands."""
+    """Every run below the current folder whose process died, of which its folder does not tell yet; how it stands."""
     runs = [RunPaths(folder) for folder in sorted(RUNS.iterdir())] if RUNS.is_dir() else []
-    states = {run: read_state(run) for run in runs if run.state.exists()}
+    states = {run: read_state(run) for run in runs if _read(run).state == "running"}
     return {run: state for run, state in states.items() if state.state == "crashed"}
 
 
-def note_crashed(run: RunPaths, state: RunState) -> None:
-    """Note for good that a run crashed, unless somebody is at work on it again."""
-    try:
-        with held(run.lock, "nestune status", f"run {run.root.name}"):
-            _note_end(run, state)
-    except (BusyError, StorageError) as error:
-        log.warning("%s", error)
+@contextmanager
+def ending(run: RunPaths, crashed: RunState) -> Iterator[None]:
+    """Be alone with a run that crashed while the block ends what it left open; then its folder tells it for good.
+
+    Raises BusyError when somebody is at work on it again.
+    """
+    with held(run.lock, "ending what crashed", f"run {run.root.name}"):
+        yield
+        _note(run, crashed)
 
 
 def stop_token(run: RunPaths) -> str | None:

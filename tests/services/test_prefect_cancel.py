@@ -37,8 +37,8 @@ with owned(run, "Prefect flow run"), recorded(run, "train", sys.argv[2]):
 """
 NEXT_START = """
 from prefect import flow
-from flows.retrain import end_dead_runs
-flow(name="next")(end_dead_runs)()
+from flows.retrain import end_dead_runs, end_flow_run
+flow(name="next")(lambda: end_dead_runs(end_flow_run))()
 """
 
 

@@ -11,7 +11,8 @@ import pytest
 
 from nestune.errors import BusyError, DataError, RunError, StoppedError
 from nestune.files import write_json, write_text
-from nestune.run_state import crashed_runs, note_crashed, owned, read_state, recorded, stop_token
+from nestune.locks import owner_of
+from nestune.run_state import crashed_runs, ending, owned, read_state, recorded, stop_token
 from nestune.runs import RunPaths
 
 # Be at work on a run, from its first stage on, until killed or told to end.
@@ -86,9 +87,11 @@ def test_a_run_is_starting_then_running_and_then_crashed_when_its_process_was_ki
     with at_work(run, "starting"):
         assert read_state(run).state == "starting"
         assert crashed_runs() == {}
-        note_crashed(run, crashed)
+        with pytest.raises(BusyError), ending(run, crashed):
+            pass
         assert json.loads(run.state.read_text())["state"] == "running"
-    note_crashed(run, crashed)
+    with ending(run, crashed):
+        assert owner_of(run.lock) is not None
     assert json.loads(run.state.read_text())["state"] == "crashed"
     assert read_state(run) == crashed
 
