@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PREPARED, REFERENCE = "prepared", "reference"
 WEIGHTS_AND_STATE = ("adapter_model.safetensors", "adapters.safetensors", "training_state.safetensors")
 METRICS = ("train_metrics.jsonl", "eval_metrics.jsonl")
-CLOCKS = ("step_time_s", "tokens_per_s")
+CLOCKS = ("step_time_s", "tokens_per_s", "time")
 # Nothing of a run takes minutes.
 PATIENCE_S = 300
 

@@ -226,7 +226,7 @@ class _Tracker:
         self._tracked = tracked
 
     def on_step(self, line: dict[str, Any]) -> None:
-        self._tracked.log_metrics(line["step"], metrics_of_step(line))
+        self._tracked.log_metrics(line["step"], metrics_of_step(line), line["time"])
 
     def on_validation(self, line: dict[str, Any]) -> None:
-        self._tracked.log_metrics(line["step"], metrics_of_validation(line))
+        self._tracked.log_metrics(line["step"], metrics_of_validation(line), line["time"])

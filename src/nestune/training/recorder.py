@@ -23,11 +23,11 @@ class Listener(Protocol):
     """Hears of every step and validation while training runs; both are the lines of the metrics files."""
 
     def on_step(self, line: dict[str, Any]) -> None:
-        """Hear of a step: step, loss, tokens, tokens_per_s, learning_rate, grad_norm, due, update_counts, ..."""
+        """Hear of a step: step, loss, tokens, tokens_per_s, learning_rate, grad_norm, due, update_counts, time, ..."""
         ...
 
     def on_validation(self, line: dict[str, Any]) -> None:
-        """Hear of a validation: step, valid_loss, best."""
+        """Hear of a validation: step, valid_loss, best, time."""
         ...
 
 
@@ -77,6 +77,7 @@ class Recorder:
             "tokens_per_s": result.positions / seconds,
             "due": sorted(due),
             "update_counts": list(self.update_counts),
+            "time": _now_s(),
         }
         _append(self._train, line)
         for listener in self._listeners:
@@ -85,7 +86,7 @@ class Recorder:
 
     def validation(self, step: int, loss: Loss, best: bool) -> None:
         """Record a validation after a step."""
-        line = {"step": step, "valid_loss": loss.mean, "tokens": loss.tokens, "best": best}
+        line = {"step": step, "valid_loss": loss.mean, "tokens": loss.tokens, "best": best, "time": _now_s()}
         _append(self._eval, line)
         for listener in self._listeners:
             listener.on_validation(line)
@@ -105,6 +106,11 @@ class Recorder:
     ) -> None:
         self._train.close()
         self._eval.close()
+
+
+def _now_s() -> float:
+    """Seconds since 1970, to the millisecond, as MLflow counts."""
+    return round(time.time(), 3)
 
 
 def _append(file: FileIO, line: dict[str, Any]) -> None:
