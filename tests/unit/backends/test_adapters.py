@@ -314,7 +314,10 @@ def test_a_configuration_that_is_no_json_object_is_broken(folder: Path, content:
 def test_a_folder_without_weights_or_configuration_is_no_adapter(folder: Path, missing: list[str]) -> None:
     for file in missing:
         (folder / file).unlink()
-    assert refusal(folder) == f"{folder} is no adapter: it needs {CONFIG}, and {WEIGHTS} or {MLX_WEIGHTS}."
+    assert (
+        refusal(folder)
+        == f"{folder} is no adapter: it needs {CONFIG}, and {WEIGHTS} or {MLX_WEIGHTS}. Name another folder."
+    )
     with pytest.raises(ConfigError, match="is no adapter"):
         weights_file(folder)
 
