@@ -237,9 +237,11 @@ def test_flow_runs_of_killed_processes_are_ended_by_the_next_start_and_others_ar
     flow = prefect.api.post("/flows/", json={"name": "retrain"}).raise_for_status().json()["id"]
     running = {"type": "RUNNING", "name": "Running"}
     names = ("dead", "alive", "anew")
-    ids = {
-        name: prefect.api.post("/flow_runs/", json={"flow_id": flow, "state": running}).json()["id"] for name in names
-    }
+    ids = {}
+    for name in names:
+        created = prefect.api.post("/flow_runs/", json={"flow_id": flow, "name": name, "state": running})
+        assert created.is_success, created.text
+        ids[name] = created.json()["id"]
     processes = {}
     try:
         for name in names:
