@@ -137,7 +137,7 @@ def _run(options: argparse.Namespace) -> None:
 def _of_a_run(options: argparse.Namespace) -> None:
     from nestune.runs import RunPaths
 
-    run = RunPaths.of(options.run) if options.run else None
+    run = RunPaths.of(options.run) if options.run is not None else None
     if options.command == "status":
         from nestune.stages.status import status
 

@@ -110,10 +110,8 @@ def assert_as_reference(run: RunPaths) -> None:
 
 def lines(path: Path) -> list[dict[str, Any]]:
     told = [json.loads(line) for line in path.read_text().splitlines()]
-    return [
-        {key: value for key, value in line.items() if key not in ("step_time_s", "tokens_per_s", "time")}
-        for line in told
-    ]
+    clocks = ("step_time_s", "tokens_per_s", "time")
+    return [{key: value for key, value in line.items() if key not in clocks} for line in told]
 
 
 def break_newest(run: RunPaths, file: str, damage: Callable[[Path], None]) -> None:

@@ -153,8 +153,7 @@ def _warnings(config: RunConfig, importance: Importance) -> list[str]:
         for tier, period in enumerate(config.tiers.periods)
         if period is not None and period > steps
     ]
-    schedule = TierSchedule(config.tiers.periods)
-    idle = sum(not schedule.due(step) for step in range(1, steps + 1))
+    idle = steps - TierSchedule(config.tiers.periods).steps_with_an_update(steps)
     if idle and config.tiers.inactive_gradients == "drop":
         warnings.append(
             f"at {idle} of {steps} steps no tier is due: their gradients are not used "

@@ -1,6 +1,8 @@
 """Which tiers are due at a step."""
 
 from dataclasses import dataclass
+from itertools import chain, combinations
+from math import lcm
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,12 @@ class TierSchedule:
     def update_counts(self, steps: int) -> tuple[int, ...]:
         """How often each tier is updated in the first `steps` steps: floor(steps / period)."""
         return tuple(steps // period if period else 0 for period in self.update_every)
+
+    def steps_with_an_update(self, steps: int) -> int:
+        """At how many of the first `steps` steps some tier is due; by inclusion and exclusion, as steps may be many."""
+        periods = [period for period in self.update_every if period]
+        chosen = chain.from_iterable(combinations(periods, number) for number in range(1, len(periods) + 1))
+        return sum((-1) ** (len(some) + 1) * (steps // lcm(*some)) for some in chosen)
 
 
 def describe_period(period: int | None) -> str:

@@ -40,6 +40,7 @@ def test_a_tier_is_due_exactly_at_the_multiples_of_its_period(periods: list[int 
         multiples = [] if period is None else list(range(period, last + 1, period))
         assert [step for step, tiers in due.items() if tier in tiers] == multiples
         assert schedule.update_counts(last)[tier] == len(multiples)
+    assert schedule.steps_with_an_update(last) == sum(bool(tiers) for tiers in due.values())
 
 
 def test_a_period_is_told_in_words() -> None:
