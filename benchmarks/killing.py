@@ -249,8 +249,8 @@ def metrics_lines(path: Path, without: Sequence[str] = CLOCKS) -> list[dict[str,
 
 
 def _weights_and_states(run: Path) -> dict[str, str]:
-    folders = [path for path in (run / "checkpoints").iterdir() if path.is_dir()]
-    return {f"{path.name}/{file}": sha256_file(path / file) for path in folders for file in WEIGHTS_AND_STATE}
+    files = [path for file in WEIGHTS_AND_STATE for path in (run / "checkpoints").glob(f"[!.]*/{file}")]
+    return {f"{path.parent.name}/{path.name}": sha256_file(path) for path in files}
 
 
 def _manifest_faults(run: Path) -> list[str]:
