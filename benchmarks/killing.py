@@ -77,9 +77,9 @@ class Workplace:
         shutil.copytree(self.folder / "runs" / of, run)
         return run
 
-    def command(self, run: Path) -> list[str]:
-        """The arguments of `nestune` that train a run, or go on with it."""
-        return ["train", "--config", "run.yaml", "--name", run.name]
+    def command(self, run: Path, stage: str = "train") -> list[str]:
+        """The arguments of `nestune` that take a run through a stage, or go on with it."""
+        return [stage, "--config", "run.yaml", "--name", run.name]
 
     def begin(self, run: Path, real: bool) -> "Started":
         """Start a training; real: as a user does, else forked."""
@@ -95,10 +95,15 @@ class Workplace:
         return self.output.read_text(encoding="utf-8", errors="replace") if self.output.exists() else ""
 
     def start(
-        self, run: Path, operations: Mapping[str, int] | None = None, torn: int | None = None, **call: Any
+        self,
+        run: Path,
+        operations: Mapping[str, int] | None = None,
+        torn: int | None = None,
+        stage: str = "train",
+        **call: Any,
     ) -> Ending:
-        """Start a training that dies at one of these operations, or at a call, and wait for its end; see `killable`."""
-        self._ask(self._order(run, operations=dict(operations or {}), torn=torn, **call))
+        """Start a stage that dies at one of these operations, or at a call, and wait for its end; see `killable`."""
+        self._ask(self._order(run, stage, operations=dict(operations or {}), torn=torn, **call))
         status = self.answer(PATIENCE_S)
         assert status is not None, f"{run} has not ended: {self.said()}"
         return Ending(status, json.loads(self._note.read_text()) if self._note.exists() else {}, self.said())
@@ -111,10 +116,10 @@ class Workplace:
             return None
         return int(self._line()["status"])
 
-    def _order(self, run: Path, **death: Any) -> Order:
+    def _order(self, run: Path, stage: str = "train", **death: Any) -> Order:
         for path in (self._note, self.output):
             path.unlink(missing_ok=True)
-        return Order(tuple(self.command(run)), f"runs/{run.name}", str(self.output), str(self._note), **death)
+        return Order(tuple(self.command(run, stage)), f"runs/{run.name}", str(self.output), str(self._note), **death)
 
     def _ask(self, order: Order) -> int:
         """Have a run forked; returns its process id, which is that of its group."""
@@ -183,11 +188,12 @@ def workplace(folder: Path, backend: str, steps: int, **blocks: Mapping[str, Any
         path.write_text("".join(path.read_text().splitlines(keepends=True)[:rows]))
     (folder / "run.yaml").write_text(yaml.safe_dump(configuration(backend, steps, blocks)))
     place = Workplace(folder, backend, steps)
-    for command in ("validate", "tiers"):
-        arguments = [command, "--config", "run.yaml", "--name", PREPARED]
-        subprocess.run([sys.executable, "-m", "nestune.cli", *arguments], cwd=folder, check=True, capture_output=True)
-    shutil.copytree(folder / "runs" / PREPARED, place.reference)
+    prepared = folder / "runs" / PREPARED
     with place.forking():
+        for stage in ("validate", "tiers"):
+            ended = place.start(prepared, stage=stage)
+            assert ended.status == 0, ended.said
+        shutil.copytree(prepared, place.reference)
         ended = place.start(place.reference)
         assert ended.status == 0, ended.said
         place.operations = [Operation(**seen) for seen in ended.note["seen"]]
@@ -243,8 +249,8 @@ def metrics_lines(path: Path, without: Sequence[str] = CLOCKS) -> list[dict[str,
 
 
 def _weights_and_states(run: Path) -> dict[str, str]:
-    folders = [path for path in (run / "checkpoints").iterdir() if path.is_dir()]
-    return {f"{path.name}/{file}": sha256_file(path / file) for path in folders for file in WEIGHTS_AND_STATE}
+    files = [path for file in WEIGHTS_AND_STATE for path in (run / "checkpoints").glob(f"[!.]*/{file}")]
+    return {f"{path.parent.name}/{path.name}": sha256_file(path) for path in files}
 
 
 def _manifest_faults(run: Path) -> list[str]:

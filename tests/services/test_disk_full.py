@@ -27,12 +27,12 @@ pytestmark = pytest.mark.services
 
 
 def mounted(folder: Path) -> Iterator[Path]:
-    """An empty disk of 4 MiB at a folder."""
+    """An empty disk of 16 MiB at a folder."""
     folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder]
+    command = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder]
     if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode != 0:
         folder.rmdir()
-        pytest.skip("a disk of 4 MiB cannot be mounted here: it needs root and Linux")
+        pytest.skip("a disk of 16 MiB cannot be mounted here: it needs root and Linux")
     yield folder
     subprocess.run(["umount", folder], check=True)
     folder.rmdir()
@@ -105,7 +105,7 @@ def test_a_disk_that_is_full_while_metrics_are_written_ends_training_and_it_begi
 ) -> None:
     """What is written before the first step fits, and a page of the metrics."""
     assert place.start(run, call=STEP, number=1).killed
-    ballast = fill(run, leaving=3 * PAGE)
+    ballast = fill(run, leaving=2 * PAGE)
     line = error_line(place.start(run), "No space left on device")
     assert "cannot write runs/small/metrics/train_metrics.jsonl" in line
     ballast.unlink()
@@ -128,7 +128,7 @@ def test_a_disk_that_may_not_be_written_is_told_and_nothing_changes(place: Any, 
 def test_a_file_that_does_not_fit_leaves_nothing_and_the_one_before_stays(disk: Path) -> None:
     write_bytes(disk / "folder" / "file", b"before")
     with pytest.raises(StorageError, match=r"cannot write .*/folder/file: No space left on device"):
-        write_bytes(disk / "folder" / "file", bytes(5 * MIB))
+        write_bytes(disk / "folder" / "file", bytes(20 * MIB))
     assert [path.name for path in (disk / "folder").iterdir()] == ["file"]
     assert (disk / "folder" / "file").read_bytes() == b"before"
 
@@ -140,7 +140,7 @@ def test_a_folder_that_does_not_fit_leaves_nothing_and_the_one_before_stays(disk
 
     replace(b"before")
     with pytest.raises(StorageError, match="No space left on device"):
-        replace(bytes(5 * MIB))
+        replace(bytes(20 * MIB))
     assert [path.name for path in disk.iterdir()] == ["folder"]
     assert [path.name for path in (disk / "folder").iterdir()] == ["file"]
     assert (disk / "folder" / "file").read_bytes() == b"before"
