@@ -79,8 +79,12 @@ def replaced_folder(path: Path) -> Iterator[Path]:
     try:
         with writing(path):
             temporary.mkdir(parents=True)
-        with writing(path, only=OF_WRITING):
-            yield temporary
+        try:
+            with writing(path, only=OF_WRITING):
+                yield temporary
+        except StorageError as error:
+            # The temporary name is gone when the user reads of it.
+            raise StorageError(str(error).replace(str(temporary), str(path))) from error
         with writing(path):
             sync_tree(temporary)
             if path.exists():
