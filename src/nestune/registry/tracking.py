@@ -8,11 +8,11 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 
 from nestune.config import RunConfig
-from nestune.errors import RunError, ServiceError, StoppedError
+from nestune.errors import RunError, ServiceError, StoppedError, StorageError
 from nestune.registry.connection import impatience, speaking_to, tracking_uri
 from nestune.registry.mirror import Outbox, StepMetrics, recorded_metrics
 from nestune.registry.mlflow_run import MlflowRun, UnknownRunError, open_run
@@ -90,7 +90,9 @@ class TrackedRun:
         except (RunError, OSError) as error:
             log.warning("%s What MLflow lacks is in %s and will be sent by register or train.", error, self._run.root)
             if self._note.told is None:
-                keep_untold(self._run, self._note)
+                # On a full disk, that it is full is what ended the training, and what is to be told.
+                with suppress(StorageError):
+                    keep_untold(self._run, self._note)
 
     def _first_note(self) -> TrackingNote:
         if self._goes_on:
