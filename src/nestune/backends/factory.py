@@ -72,6 +72,9 @@ def make_backend(config: RunConfig) -> Backend:
 def accelerator(choice: Choice) -> str | None:
     """A name of the accelerator that a backend trains on, another one for each card; None: it trains on the CPU."""
     if choice.name == "mlx":
+        from nestune.backends.mlx_blas import load_fast_blas
+
+        load_fast_blas()
         import mlx.core as mx
 
         return "metal" if mx.default_device() == mx.gpu else None
