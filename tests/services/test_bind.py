@@ -21,7 +21,8 @@ LISTENS = "0A"
 
 def command_of(target: str) -> list[str]:
     """What a target of the Makefile runs, on the Python that runs the tests."""
-    shown = subprocess.run(["make", "-n", "-o", "setup", target], cwd=ROOT, capture_output=True, text=True, check=True)
+    command = ["make", "--no-print-directory", "-n", "-o", "setup", target]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     program, *arguments = shlex.split(shown.stdout.strip().splitlines()[-1])
     return [sys.executable, "-m", Path(program).name, *arguments]
 
