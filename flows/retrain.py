@@ -40,7 +40,7 @@ from nestune.errors import NestuneError, ServiceError, StoppedError
 from nestune.run_state import RunState, owned, recorded
 from nestune.runs import RunPaths
 from nestune.stages.dead_runs import end_dead_runs
-from nestune.stages.train import check_before_training
+from nestune.stages.finished import check_before_running
 
 LEAVE_AFTER_S = 5.0
 # A flow run that became Running later than a stage of it was noted is at work again; clocks are not that far apart.
@@ -173,7 +173,10 @@ def retrain(config: RunConfig, force: bool = False, resume: bool = False) -> Any
     logging.getLogger("prefect.flow_runs").addFilter(_is_no_cancelled_run)
     end_dead_runs(end_flow_run)
     with owned(run, f"Prefect flow run {flow_run.name}"):
-        check_before_training(config, run, force, resume)
+        finished = check_before_running(config, run, force, resume)
+        if finished is not None:
+            get_run_logger().info("%s", ": ".join(finished.summary()))
+            return {"register": finished.as_dict()}
         # Called, not submitted: training stays in the main thread, where a signal reaches it.
         try:
             results = {

@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -59,6 +60,11 @@ def exit_code_of(action: Callable[[], object]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         action()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read has heard enough; when it ends, Python would try once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except NestuneError as error:
         print(error if isinstance(error, StoppedError) else f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -113,7 +119,7 @@ def _run(options: argparse.Namespace) -> None:
 
     config = load_config(options.config, options.set, options.name)
     run = RunPaths.of(config.name)
-    stages = STAGES if options.command == "run" else (options.command,)
+    stages: tuple[str, ...] = STAGES if options.command == "run" else (options.command,)
     results: dict[str, Any] = {}
     if options.command in ("train", "run"):
         from nestune.stages.dead_runs import end_dead_runs
@@ -121,9 +127,13 @@ def _run(options: argparse.Namespace) -> None:
         end_dead_runs()
     with owned(run, f"nestune {options.command} --name {config.name}"):
         if options.command == "run":
-            from nestune.stages.train import check_before_training
+            from nestune.stages.finished import check_before_running
 
-            check_before_training(config, run, options.force, options.resume)
+            finished = check_before_running(config, run, options.force, options.resume)
+            if finished is not None:
+                stages, results["register"] = (), finished.as_dict()
+                if not options.json:
+                    print("run:", *finished.summary(), sep="\n  ", flush=True)
         for stage in stages:
             with recorded(run, stage):
                 result = _stage(stage, options)(config, run)

@@ -132,7 +132,8 @@ def _how(error: BaseException, stage: str) -> tuple[State, str, None, str]:
     if isinstance(stopped, StoppedError):
         return "stopped", stage, None, str(stopped)
     if not isinstance(error, Exception):
-        return "stopped", stage, None, "interrupted"
+        told = "SIGINT" if isinstance(error, KeyboardInterrupt) else "asked to end"
+        return "stopped", stage, None, f"interrupted ({told})"
     text = str(error) if isinstance(error, NestuneError) else f"{type(error).__name__}: {error}"
     return "failed", stage, None, text
 

@@ -273,7 +273,7 @@ def test_a_second_ctrl_c_ends_within_a_step_and_the_checkpoint_before_goes_on(fo
             assert b"Traceback" not in process.stderr.read()
         finally:
             process.kill()
-    assert (read_state(run).state, read_state(run).reason) == ("stopped", "interrupted")
+    assert (read_state(run).state, read_state(run).reason) == ("stopped", "interrupted (SIGINT)")
     checkpoint = run.checkpoints / "checkpoint_0000004"
     assert seal_faults(checkpoint, NEEDED) == []
     assert cli.main(command) == 0

@@ -104,8 +104,8 @@ def test_a_run_is_starting_then_running_and_then_crashed_when_its_process_was_ki
         (RunError("the disk is gone"), "failed", "the disk is gone"),
         (ValueError("no number"), "failed", "ValueError: no number"),
         (MemoryError(), "failed", "MemoryError: "),
-        (KeyboardInterrupt(), "stopped", "interrupted"),
-        (SystemExit(143), "stopped", "interrupted"),
+        (KeyboardInterrupt(), "stopped", "interrupted (SIGINT)"),
+        (SystemExit(143), "stopped", "interrupted (asked to end)"),
     ],
 )
 def test_how_a_stage_ends_is_noted(run: RunPaths, error: BaseException | None, expected: str, reason: str) -> None:

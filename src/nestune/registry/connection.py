@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,11 @@ HTTP = ("http://", "https://")
 RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 # MLflow's own patience with a server that is down is minutes; a setting of the user's environment wins.
 IMPATIENT = {RETRIES: "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+# What the reason is, at the end of all the layers through which requests passes it on.
+UNREACHED = re.compile(
+    r"Max retries exceeded with url.*?(?P<why>Connection refused|Read timed out|timed out|Name or "
+    r"service not known|Temporary failure in name resolution|No route to host)"
+)
 SECRETS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME")
 
 
@@ -136,7 +142,9 @@ def _database_errors_unlogged() -> Iterator[None]:
 def _first_line(error: Exception) -> str:
     """What an error says, but for SQLAlchemy's remarks on how it came about and the statement that failed."""
     lines = [line for line in str(error).strip().splitlines() if not line.startswith("(raised as a result")]
-    return lines[0] if lines else type(error).__name__
+    told = lines[0] if lines else type(error).__name__
+    unreached = UNREACHED.search(told)
+    return f"it is not reached: {unreached['why']}" if unreached else told
 
 
 def _without_secrets(text: str) -> tuple[str, bool]:

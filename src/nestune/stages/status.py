@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from nestune.errors import RunError
+from nestune.errors import ConfigError
 from nestune.run_state import RunState, read_state
 from nestune.runs import RUNS, RunPaths
 from nestune.training.recorder import EVAL_METRICS, TRAIN_METRICS
@@ -103,10 +103,13 @@ class StatusResult:
 
 
 def status(run: RunPaths | None) -> StatusResult:
-    """How a run stands, or, without one, every run below the current folder; raises RunError when there is no such."""
+    """How a run stands, or, without one, every run below the current folder.
+
+    Raises ConfigError when there is no such run.
+    """
     if run is not None:
         if not run.root.is_dir():
-            raise RunError(f"there is no run {run.root.name} in {RUNS.absolute()}. `nestune status` lists the runs.")
+            raise ConfigError(f"there is no run {run.root.name} in {RUNS.absolute()}. `nestune status` lists the runs.")
         return StatusResult((read_status(run),), one=True)
     folders = sorted(path for path in RUNS.iterdir() if path.is_dir()) if RUNS.is_dir() else []
     runs = [RunPaths(folder) for folder in folders]

@@ -6,11 +6,11 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nestune.errors import BusyError, RunError
+from nestune.errors import BusyError, ConfigError, RunError
 from nestune.files import write_json
 from nestune.locks import owner_of
 from nestune.run_state import read_state
-from nestune.runs import RunPaths
+from nestune.runs import RUNS, RunPaths
 
 ASK_EVERY_S = 0.2
 
@@ -35,9 +35,12 @@ class StopResult:
 def stop(run: RunPaths, patience_s: float) -> StopResult:
     """Ask the owner of a run to stop at its next step, and wait for it as long as that.
 
-    Raises RunError when nobody is at work on it, BusyError when its owner has not stopped in time; the request stays.
+    Raises ConfigError when there is no such run, RunError when nobody is at work on it, BusyError when its owner has not
+    stopped in time; the request stays.
     """
     owner = owner_of(run.lock)
+    if owner is None and not run.root.is_dir():
+        raise ConfigError(f"there is no run {run.root.name} in {RUNS.absolute()}. `nestune status` lists the runs.")
     if owner is None:
         raise RunError(
             f"nobody is at work on run {run.root.name}: it is {read_state(run).state}. There is nothing to stop."

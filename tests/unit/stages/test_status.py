@@ -10,7 +10,6 @@ import pytest
 
 from nestune import cli
 from nestune.backends.base import Loss, StepResult
-from nestune.errors import RunError
 from nestune.files import write_text
 from nestune.run_state import owned, recorded
 from nestune.runs import RunPaths
@@ -107,7 +106,7 @@ def test_all_runs_are_told_of_in_a_table(run: RunPaths, capsys: pytest.CaptureFi
 
 
 def test_an_unknown_run_is_an_error(run: RunPaths) -> None:
-    with pytest.raises(RunError, match=r"there is no run r in .+`nestune status` lists"):
+    with pytest.raises(ConfigError, match=r"there is no run r in .+`nestune status` lists"):
         status(run)
 
 

@@ -1,0 +1,106 @@
+"""What `nestune run` and the flow ask before their first stage, so that nothing is written where all is refused."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nestune.config import RunConfig, dump_config
+from nestune.data.find_files import find_files
+from nestune.errors import ConfigError, RunError
+from nestune.files import read_json, sha256_file
+from nestune.runs import RunPaths
+from nestune.stages.train import check_before_training
+from nestune.training.start import has_ended
+
+MANIFEST_REMEDY = "Delete it; the stages write it anew."
+
+
+@dataclass(frozen=True)
+class FinishedResult:
+    """What a run has ended with that went through all its stages; `registration`: the result of the last one."""
+
+    run: str
+    registration: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The result as JSON."""
+        return self.registration
+
+    def summary(self) -> list[str]:
+        """The result for a person."""
+        return [
+            "{model} version {version}, gate {gate}: {reason}".format(**self.registration),
+            f"{self.run} had finished: nothing was done. --force trains anew; stages can be run again one by one",
+        ]
+
+
+def check_before_running(
+    config: RunConfig, run: RunPaths, force: bool = False, resume: bool = False
+) -> FinishedResult | None:
+    """As `check_before_training`, for all stages; the result of a run that has finished with this configuration.
+
+    Raises ConfigError when it has finished with another one, and RunError when the data has changed since: going on
+    would put another dataset, or another evaluation, in the place of those that belong to the adapter.
+    """
+    checkpoint = check_before_training(config, run, force, resume)
+    if checkpoint is None or force:
+        return None
+    trained = [config.data.train, () if isinstance(config.data.valid, float) else config.data.valid]
+    _refuse_changed(run, [*trained, config.retention.replay.files], f"{checkpoint.folder} was trained")
+    if not (has_ended(checkpoint, config) and _is_registered(run)):
+        return None
+    differing = _differing(config, run)
+    if differing:
+        raise ConfigError(
+            f"run {config.name} has finished with another configuration ({', '.join(differing)}). Take another --name, "
+            "or --force to train anew; nestune validate, evaluate and register, run one by one, evaluate the same "
+            "adapter otherwise."
+        )
+    _refuse_changed(run, [*config.data.retention.values()], f"run {config.name} was evaluated")
+    return FinishedResult(config.name, read_json(run.registration, "Run nestune register again."))
+
+
+def _refuse_changed(run: RunPaths, sets: Sequence[Sequence[str]], since: str) -> None:
+    """Raise RunError where files are not those that the run's dataset was made of."""
+    report = run.dataset / "report.json"
+    if not report.exists():
+        return
+    sources = read_json(report, "Run nestune validate again.", keys=["sources"])["sources"]
+    files = [path for paths in sets for path in find_files(paths)]
+    changed = [str(path) for path in files if sources.get(str(path)) != sha256_file(path)]
+    if changed:
+        raise RunError(
+            f"{', '.join(changed)} changed since {since}; nothing was written. Put back what was there, take another "
+            "--name, or pass --force to train anew."
+        )
+
+
+def _is_registered(run: RunPaths) -> bool:
+    """Whether the last stage was done with the checkpoint and the evaluation that are there now."""
+    if not (run.manifest.exists() and run.registration.exists()):
+        return False
+    told = read_json(run.manifest, MANIFEST_REMEDY).get("register", {"inputs": {}, "outputs": {}})
+    files = {Path(path): sha256 for path, sha256 in [*told["inputs"].items(), *told["outputs"].items()]}
+    return run.registration in files and all(
+        path.is_file() and sha256_file(path) == sha256 for path, sha256 in files.items()
+    )
+
+
+def _differing(config: RunConfig, run: RunPaths) -> list[str]:
+    """The keys, block.key, in which the configuration of the run's last stage was another one."""
+    now = yaml.safe_load(dump_config(config))
+    try:
+        then = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+        blocks = {block: (then.get(block), values) for block, values in now.items()}
+    except (OSError, yaml.YAMLError, AttributeError):
+        return [f"{run.config} cannot be read"]
+    return [
+        f"{block}.{key}" if isinstance(values, dict) else block
+        for block, (before, values) in blocks.items()
+        for key in (values if isinstance(values, dict) else [block])
+        if (before.get(key) if isinstance(before, dict) else before)
+        != (values[key] if isinstance(values, dict) else values)
+    ]
