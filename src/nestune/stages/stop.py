@@ -35,8 +35,8 @@ class StopResult:
 def stop(run: RunPaths, patience_s: float) -> StopResult:
     """Ask the owner of a run to stop at its next step, and wait for it as long as that.
 
-    Raises ConfigError when there is no such run, RunError when nobody is at work on it, BusyError when its owner has not
-    stopped in time; the request stays.
+    Raises ConfigError when there is no such run, RunError when nobody is at work on it, BusyError when its owner has
+    not stopped in time; the request stays.
     """
     owner = owner_of(run.lock)
     if owner is None and not run.root.is_dir():

@@ -10,6 +10,7 @@ import pytest
 
 from nestune import cli
 from nestune.backends.base import Loss, StepResult
+from nestune.errors import ConfigError
 from nestune.files import write_text
 from nestune.run_state import owned, recorded
 from nestune.runs import RunPaths

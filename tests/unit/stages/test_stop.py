@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nestune import cli
-from nestune.errors import BusyError, RunError, StoppedError
+from nestune.errors import BusyError, ConfigError, RunError, StoppedError
 from nestune.files import write_json
 from nestune.run_state import owned, read_state, stop_token
 from nestune.runs import RunPaths
@@ -74,7 +74,7 @@ def test_an_owner_that_does_not_stop_in_time_is_named_and_stays_asked(run: RunPa
 
 
 def test_where_nobody_is_at_work_there_is_nothing_to_stop(run: RunPaths) -> None:
-    with pytest.raises(RunError, match=r"nobody is at work on run r: it is new\."):
+    with pytest.raises(ConfigError, match=r"there is no run r in .+`nestune status` lists"):
         stop(run, 1)
     with at_work("listening") as process:
         process.kill()
