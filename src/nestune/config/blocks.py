@@ -255,7 +255,9 @@ class TrainingConfig(Strict):
         1.0, description="clip the global norm of a step's gradients; none: off"
     )
     eval_every: PositiveInt | None = Field(100, description="steps between validations; none: only at the end")
-    checkpoint_every: PositiveInt | None = Field(None, description="steps between periodic checkpoints; none: no such")
+    checkpoint_every: PositiveInt | None = Field(
+        500, description="steps between periodic checkpoints, at most so many are lost by a kill; none: no such"
+    )
     keep_last: PositiveInt = Field(3, description="periodic checkpoints that are kept, besides best and final")
     early_stopping: EarlyStopping | None = Field(None, description="stop when validation no longer improves")
     seed: NonNegativeInt = Field(0, description="seed of initial weights, order of rows and dropout")
