@@ -3,7 +3,6 @@
 import json
 import logging
 import shutil
-import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -265,32 +264,6 @@ def test_a_run_whose_making_was_not_answered_is_found_and_not_made_again(
         server.cure()
         train(tracked, run, range(1, 4))
     check_mirrored(tracked_config, run, server)
-
-
-@pytest.mark.usefixtures("at_once")
-def test_an_end_at_any_moment_leaves_each_number_once(
-    tracked_config: RunConfig, run: RunPaths, server: MlflowServer
-) -> None:
-    def end(*_: object) -> None:
-        raise SystemExit
-
-    before = signal.signal(signal.SIGALRM, end)
-    first = 1
-    try:
-        for attempt in range(12):
-            try:
-                with tracked_run(tracked_config, run, {}, goes_on=attempt > 0) as tracked:
-                    signal.setitimer(signal.ITIMER_REAL, 0.02 + 0.013 * attempt)
-                    train(tracked, run, range(first, first + 200))
-            except SystemExit:
-                pass
-            first = len(lines_of(run, "train_metrics.jsonl")) + 1
-            assert in_mlflow(tracked_config, run) == recorded(run)
-        assert first > 1
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    check_mirrored(tracked_config, run, server, "KILLED")
 
 
 @pytest.mark.usefixtures("at_once")
