@@ -7,10 +7,11 @@ from typing import Any
 
 import yaml
 
-from nestune.config import RunConfig, dump_config
+from nestune.config import RunConfig
 from nestune.data.find_files import find_files
 from nestune.errors import ConfigError, RunError
 from nestune.files import read_json, sha256_file
+from nestune.registry.mlflow_run import flatten
 from nestune.runs import RunPaths
 from nestune.stages.train import check_before_training
 from nestune.training.start import has_ended
@@ -90,17 +91,9 @@ def _is_registered(run: RunPaths) -> bool:
 
 
 def _differing(config: RunConfig, run: RunPaths) -> list[str]:
-    """The keys, block.key, in which the configuration of the run's last stage was another one."""
-    now = yaml.safe_load(dump_config(config))
+    """The keys in which the configuration of the run's last stage was another one."""
     try:
-        then = yaml.safe_load(run.config.read_text(encoding="utf-8"))
-        blocks = {block: (then.get(block), values) for block, values in now.items()}
-    except (OSError, yaml.YAMLError, AttributeError):
+        then = flatten(RunConfig.model_validate(yaml.safe_load(run.config.read_text(encoding="utf-8"))))
+    except (OSError, yaml.YAMLError, ValueError):
         return [f"{run.config} cannot be read"]
-    return [
-        f"{block}.{key}" if isinstance(values, dict) else block
-        for block, (before, values) in blocks.items()
-        for key in (values if isinstance(values, dict) else [block])
-        if (before.get(key) if isinstance(before, dict) else before)
-        != (values[key] if isinstance(values, dict) else values)
-    ]
+    return [key for key, value in flatten(config).items() if then.get(key) != value]
