@@ -24,9 +24,12 @@ class MlflowServer:
     """
 
     def __init__(self) -> None:
-        with socket.socket() as opened:
-            opened.bind(("127.0.0.1", 0))
-            self.port = int(opened.getsockname()[1])
+        # Held as long as this lives: else, while the server is down, the system may give its port to someone else,
+        # or to a connection that looks for the server, which then reaches itself.
+        self._reserved = socket.socket()
+        self._reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._reserved.bind(("127.0.0.1", 0))
+        self.port = int(self._reserved.getsockname()[1])
         self.stored: Counter[tuple[str, str, int]] = Counter()
         self.requests = 0
         self.ails, self.at = "", ""
