@@ -9,13 +9,19 @@ from nestune.config.blocks import (
     LoraConfig,
     ModelConfig,
     RegistryConfig,
-    ReplayConfig,
-    RetentionConfig,
     RunConfig,
     TierConfig,
     TrainingConfig,
 )
 from nestune.config.files import dump_config, load_config, parse_config
+from nestune.config.retention import (
+    KlConfig,
+    PromptsConfig,
+    ReplayConfig,
+    RetentionConfig,
+    SelfWrittenConfig,
+    StrengthConfig,
+)
 
 __all__ = [
     "DataConfig",
@@ -23,12 +29,16 @@ __all__ = [
     "EvaluationConfig",
     "GateConfig",
     "ImportanceConfig",
+    "KlConfig",
     "LoraConfig",
     "ModelConfig",
+    "PromptsConfig",
     "RegistryConfig",
     "ReplayConfig",
     "RetentionConfig",
     "RunConfig",
+    "SelfWrittenConfig",
+    "StrengthConfig",
     "TierConfig",
     "TrainingConfig",
     "dump_config",

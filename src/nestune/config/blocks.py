@@ -21,6 +21,7 @@ from nestune.config.fields import (
     existing,
     hide_secrets,
 )
+from nestune.config.retention import RetentionConfig
 from nestune.foreign_files import folder_at
 
 REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,254}")
@@ -73,9 +74,21 @@ class LoraConfig(Strict):
     rank: PositiveInt = Field(8, description="rank of A and B")
     alpha: PositiveFloat = Field(16.0, description="the adapter's effect is scaled by alpha / rank")
     dropout: Number = Field(0.0, ge=0, lt=1, description="probability of dropping an input of the adapter")
+    max_rank: PositiveInt = Field(
+        64,
+        description="rank of the saved adapter at most; a parent and what was learned upon it add up, and more is cut "
+        "down by a truncated SVD, whose effect on the scores the report shows",
+    )
     targets: Literal["all-linear"] | tuple[str, ...] = Field(
         "all-linear", description="names of the linear modules that get an adapter, or all-linear: all but the head"
     )
+
+    @field_validator("max_rank")
+    @classmethod
+    def _holds_the_rank(cls, max_rank: int, info: ValidationInfo) -> int:
+        if max_rank < info.data.get("rank", 0):
+            raise ValueError(f"is less than lora.rank, {info.data['rank']}; raise it")
+        return max_rank
 
     @field_validator("targets", mode="before")
     @classmethod
@@ -92,6 +105,11 @@ class DataConfig(Strict):
     train: Paths = Field(min_length=1, description="files or folders of *.jsonl to learn")
     valid: Fraction | Paths = Field(
         0.1, description="held-out part of the new task: files or folders, or the fraction of train to hold out"
+    )
+    test: Paths = Field(
+        (),
+        description="files or folders of the new task that are scored in the end; none: valid is, or, where it has "
+        "chosen the strength (retention.strength), that half of it which chooses nothing",
     )
     retention: dict[RetentionName, Paths] = Field(
         default_factory=dict, description="retention sets by name: what the model must go on knowing"
@@ -218,19 +236,6 @@ class TierConfig(Strict):
     def periods(self) -> tuple[int | None, ...]:
         """Steps between two updates of each tier; None for a tier that never moves."""
         return (*self.update_every[:-1], None) if self.strategy == "frozen_slow" else self.update_every
-
-
-class ReplayConfig(Strict):
-    """Rows of earlier data that join each step, so that what they say is not forgotten."""
-
-    files: Paths = Field((), description="files or folders of *.jsonl with earlier data; none: no replay")
-    rows_per_step: PositiveInt = Field(8, description="rows added to each step, drawn evenly from the entries of files")
-
-
-class RetentionConfig(Strict):
-    """What keeps earlier knowledge during training; composes with every tier strategy."""
-
-    replay: ReplayConfig = ReplayConfig()
 
 
 class EarlyStopping(Strict):

@@ -54,7 +54,7 @@ def _no_bool(value: object) -> object:
 
 
 def _free_name(name: str) -> str:
-    if name in ("train", "valid", "replay", "new_task"):
+    if name in ("train", "valid", "test", "replay", "new_task"):
         raise ValueError(f"{name} is taken by the run; use another name")
     return name
 

@@ -32,7 +32,7 @@ class TrainingInputs:
 
         A step's are the same ones at every call.
         """
-        replay, rows = self.dataset.replay, self.config.retention.replay.rows_per_step
+        replay, rows = self.dataset.replay, int(self.config.retention.replay.rows_per_step)
         return training_steps(self.dataset.train, self.config.training, self.pad_id, replay, rows, after)
 
     @property

@@ -1,0 +1,182 @@
+"""The block `retention`: what keeps earlier knowledge during training, and recipes that set it."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from nestune.config.fields import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Number,
+    Paths,
+    PositiveFloat,
+    PositiveInt,
+    Strict,
+)
+
+MOST_FACTORS = 64
+
+
+class ReplayConfig(Strict):
+    """Rows of earlier data that join each step, so that what they say is not forgotten."""
+
+    files: Paths = Field((), description="files or folders of *.jsonl with earlier data")
+    earlier_tasks: bool = Field(
+        False, description="true: also the rows that the parent adapter, and those before it, were trained on"
+    )
+    store: PositiveInt | None = Field(
+        None, description="rows kept of each file and each earlier task, drawn by training.seed; none: all of them"
+    )
+    rows_per_step: Fraction | PositiveInt = Field(
+        8,
+        description="rows added to each step, drawn evenly from files and tasks; a fraction below 1: that share of the "
+        "step's own rows gives way to them",
+    )
+    every: PositiveInt = Field(1, description="steps between two that replay")
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is replayed."""
+        return bool(self.files) or self.earlier_tasks
+
+
+class SelfWrittenConfig(Strict):
+    """Texts that the teacher writes before training: what it knows, in its own words."""
+
+    texts: NonNegativeInt = Field(1000, description="how many it writes from nothing; 0: none")
+    opening: Literal["start", "chat", "both"] = Field(
+        "both",
+        description="what it goes on from: its start token; the opening of a user's turn in its chat template, whose "
+        "question it makes up and answers; or the one and the other in turn, as far as it has them",
+    )
+    max_tokens: PositiveInt = Field(64, ge=2, description="tokens of the longest text, and of an answer to a prompt")
+    temperature: PositiveFloat = Field(1.0, description="1: as the model would; lower: the likelier, with less variety")
+
+
+class PromptsConfig(Strict):
+    """Prompts that the teacher answers before training, in place of texts from nothing or beside them."""
+
+    files: Paths = Field((), description="files or folders of *.jsonl; of their records the last answer is replaced")
+    templates: tuple[str, ...] = Field((), description="questions with blanks, e.g. What is {name}'s trade?")
+    fillings: dict[str, tuple[str, ...]] = Field(
+        default_factory=dict, description="blank -> what may be drawn for it, e.g. {name: [Ada, Bert]}"
+    )
+    filled: PositiveInt = Field(500, description="questions that are made of the templates, their blanks drawn by lot")
+
+    @field_validator("fillings")
+    @classmethod
+    def _for_every_blank(cls, fillings: dict[str, tuple[str, ...]], info: ValidationInfo) -> dict[str, tuple[str, ...]]:
+        from string import Formatter
+
+        templates = info.data.get("templates", ())
+        try:
+            blanks = {name for text in templates for _, name, _, _ in Formatter().parse(text) if name is not None}
+        except ValueError as error:
+            raise ValueError(
+                f"a template cannot be read: {error}; write a brace that is none as {{{{ or }}}}"
+            ) from None
+        empty = sorted(name for name, values in fillings.items() if not values)
+        if blanks != fillings.keys() or empty:
+            raise ValueError(
+                f"the templates have the blanks {sorted(blanks)}, fillings are given for {sorted(fillings)}"
+                f"{f', none for {empty}' if empty else ''}; give one or more for each, and no other"
+            )
+        return fillings
+
+
+class KlConfig(Strict):
+    """Holds the model to what its teacher says: the Kullback-Leibler divergence KL(teacher || model) joins the loss.
+
+    The loss of a step is the mean cross-entropy of its supervised tokens plus `weight` times the mean divergence of
+    its held positions: every token of a text that the teacher wrote, the supervised ones of a replayed row.
+    Source: Li & Hoiem 2016, Learning without Forgetting, arXiv:1606.09282, with texts in place of the task's inputs.
+    """
+
+    weight: NonNegativeFloat = Field(1.0, description="factor on the mean divergence, in nats per token; 0: off")
+    teacher: Literal["parent", "base"] = Field(
+        "parent", description="who is held to: the parent adapter (the base where there is none), or the base alone"
+    )
+    every: PositiveInt = Field(4, description="steps between two that hold the model to its teacher")
+    rows_per_step: PositiveInt = Field(8, description="self-written texts, and answered prompts, in each such step")
+    replayed: bool = Field(False, description="true: replayed rows of such a step are held, too")
+    self_written: SelfWrittenConfig = SelfWrittenConfig()
+    prompts: PromptsConfig = PromptsConfig()
+
+    @property
+    def writes(self) -> bool:
+        """Whether the teacher writes anything before training."""
+        return self.weight > 0 and bool(self.self_written.texts or self.prompts.files or self.prompts.templates)
+
+
+class StrengthConfig(Strict):
+    """How much of the learned change is kept: after training it is scaled by a factor, which is then part of it.
+
+    Chosen is, on rows that are not scored afterwards (`data.valid`), the factor with the least divergence from the
+    parent of those that still learn enough. Source: WiSE-FT, Wortsman et al. 2022, arXiv:2109.01903, on an adapter.
+    """
+
+    min_share: Number = Field(
+        0.97, gt=0, le=1, description="share of what the whole change gains on the new task that must be kept"
+    )
+    factors: tuple[Number, ...] = Field(
+        (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+        min_length=1,
+        max_length=MOST_FACTORS,
+        description="factors that are tried, ascending, between 0 and 1; 1: the change as it was learned",
+    )
+
+    @field_validator("factors")
+    @classmethod
+    def _ascending(cls, factors: tuple[float, ...]) -> tuple[float, ...]:
+        if list(factors) != sorted(set(factors)) or not all(0 <= factor <= 1 for factor in factors):
+            raise ValueError("must ascend, each once, between 0 and 1, e.g. [0.5, 0.75, 1.0]")
+        return factors
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "none": {},
+    "no_old_data": {"kl": {}, "strength": {}},
+    "with_replay": {"replay": {"earlier_tasks": True}, "kl": {"replayed": True}, "strength": {}},
+}
+
+
+class RetentionConfig(Strict):
+    """What keeps earlier knowledge during training; composes with every tier strategy."""
+
+    recipe: Literal["none", "no_old_data", "with_replay"] = Field(
+        "none",
+        description="sets what of this block is not set; no_old_data: KL to the parent on texts that it writes, and "
+        "strength; with_replay: earlier data as well",
+    )
+    replay: ReplayConfig = ReplayConfig()
+    kl: KlConfig | None = Field(None, description="KL to the parent; none: off")
+    strength: StrengthConfig | None = Field(None, description="scales the learned change after training; none: off")
+    l2: NonNegativeFloat = Field(
+        0.0, description="factor on the squared Frobenius norm of the change of all weights against the parent"
+    )
+    start: Literal["fresh", "continue"] = Field(
+        "fresh",
+        description="with a parent adapter, fresh: train a new adapter beside it, and save their exact sum; continue: "
+        "go on with the parent's own matrices",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _follow_the_recipe(cls, given: Any) -> Any:
+        recipe = RECIPES.get(str(given.get("recipe", cls.model_fields["recipe"].default)), {}) if _is_map(given) else {}
+        return _merged(recipe, given) if recipe else given
+
+
+def _is_map(value: object) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _merged(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What is given, and what the recipe says of the rest, block by block."""
+    merged = {key: value for key, value in recipe.items() if key not in given} | dict(given)
+    for key in recipe.keys() & given.keys():
+        if _is_map(recipe[key]) and _is_map(given[key]):
+            merged[key] = _merged(recipe[key], given[key])
+    return merged
