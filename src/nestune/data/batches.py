@@ -1,5 +1,6 @@
 """Rows as padded batches, in an order that depends on the seed alone."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
@@ -7,38 +8,78 @@ from itertools import count, islice
 import numpy as np
 from numpy.typing import NDArray
 
-from nestune.config import TrainingConfig
+from nestune.config import ReplayConfig, RetentionConfig, TrainingConfig
 from nestune.data.tokens import Row
 from nestune.errors import DataError
 
 # Rows are sorted by length within pools of this many batches: little padding, and still well mixed.
 POOL_BATCHES = 32
+# The number of the texts' random stream, which no source of replay has.
+TEXTS = 2**32
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
     """B rows padded on the right to T tokens.
 
-    tokens (B, T); supervised (B, T), False in padding and in column 0; lengths (B,) tokens of each row.
+    tokens (B, T); supervised (B, T) and held (B, T), False in padding and in column 0: the positions whose token is
+    learned, and those at which the model is held to its teacher, None where there are none; lengths (B,) tokens of
+    each row.
     """
 
     tokens: NDArray[np.int32]
     supervised: NDArray[np.bool_]
     lengths: NDArray[np.int32]
+    held: NDArray[np.bool_] | None = None
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What joins the new rows of a step: rows to replay, from sources in turn, and texts to be held on."""
+
+    replay: Sequence[Sequence[Row]] = ()
+    texts: Sequence[Row] = ()
+
+
+NO_RETENTION = RetentionConfig(recipe="none")
+NOTHING_EARLIER = Earlier()
+
+
+@dataclass(frozen=True)
+class _Use:
+    """A row in a step, and what for: learned, held to the teacher, or both."""
+
+    row: Row
+    learned: bool = True
+    held: bool = False
 
 
 def collate(rows: Sequence[Row], pad_id: int) -> Batch:
     """The rows as one batch, in their order. Raises DataError when no token of theirs is supervised."""
-    lengths = np.array([len(row.tokens) for row in rows], dtype=np.int32)
-    tokens = np.full((len(rows), lengths.max()), pad_id, dtype=np.int32)
-    supervised = np.zeros(tokens.shape, dtype=bool)
-    for index, row in enumerate(rows):
-        tokens[index, : lengths[index]] = row.tokens
-        supervised[index, : lengths[index]] = row.supervised
-    supervised[:, 0] = False
-    if not supervised.any():
-        raise DataError(f"a batch of {len(rows)} rows has no supervised token. Run nestune validate again.")
-    return Batch(tokens, supervised, lengths)
+    return _collate([_Use(row) for row in rows], pad_id)
+
+
+def held_batches(rows: Sequence[Row], batch_size: int, pad_id: int) -> Iterator[Batch]:
+    """Every row once, from the shortest to the longest, held at its supervised positions and learned at none."""
+    by_length = sorted(rows, key=lambda row: len(row.tokens))
+    for start in range(0, len(rows), batch_size):
+        chosen = by_length[start : start + batch_size]
+        yield _collate([_Use(row, learned=False, held=True) for row in chosen], pad_id)
+
+
+def _collate(uses: Sequence[_Use], pad_id: int) -> Batch:
+    lengths = np.array([len(use.row.tokens) for use in uses], dtype=np.int32)
+    tokens = np.full((len(uses), lengths.max()), pad_id, dtype=np.int32)
+    supervised, held = np.zeros(tokens.shape, dtype=bool), np.zeros(tokens.shape, dtype=bool)
+    for index, use in enumerate(uses):
+        tokens[index, : lengths[index]] = use.row.tokens
+        for wanted, mask in ((use.learned, supervised), (use.held, held)):
+            if wanted:
+                mask[index, : lengths[index]] = use.row.supervised
+    supervised[:, 0] = held[:, 0] = False
+    if not (supervised.any() or held.any()):
+        raise DataError(f"a batch of {len(uses)} rows has no supervised token. Run nestune validate again.")
+    return Batch(tokens, supervised, lengths, held if held.any() else None)
 
 
 def evaluation_batches(rows: Sequence[Row], batch_size: int, pad_id: int) -> Iterator[Batch]:
@@ -52,27 +93,51 @@ def training_steps(
     rows: Sequence[Row],
     training: TrainingConfig,
     pad_id: int,
-    replay: Sequence[Sequence[Row]] = (),
-    replay_rows: int = 0,
+    retention: RetentionConfig = NO_RETENTION,
+    earlier: Earlier = NOTHING_EARLIER,
     after: int = 0,
 ) -> Iterator[list[Batch]]:
     """The micro-batches of one step after the other, without end, from the step after `after` on.
 
-    Every row comes once an epoch; the last micro-batch of an epoch is smaller when the rows do not divide.
-    `replay_rows` rows of earlier data join each step, drawn in turn from the sources in `replay` and spread
-    evenly over its micro-batches. Raises DataError when there are no rows, or none in a source.
+    Every row comes once an epoch; the last micro-batch of an epoch is smaller when the rows do not divide. What
+    `retention` says of replay and KL joins the steps that are its multiples, drawn from the sources in turn and spread
+    evenly over the micro-batches. Where a share is replayed, so many fewer new rows are in a step: what is left of a
+    row when the shares of all steps so far are added up waits for a later one.
+    Raises DataError when there are no rows, or none in a source.
     """
-    if not rows or not all(replay):
+    if not rows or not all(earlier.replay):
         raise DataError("there are no rows to train on or to replay. Run nestune validate again.")
-    new = _new_batches(rows, training.batch_size, training.seed)
-    earlier = _replayed(replay, training.seed) if replay else iter(())
-    parts = training.gradient_accumulation_steps
+    replay, kl, parts = retention.replay, retention.kl, training.gradient_accumulation_steps
+    a_share = bool(earlier.replay) and replay.rows_per_step < 1
+    batches = _new_batches(rows, training.batch_size, training.seed)
+    singly = (index for batch in batches for index in batch)
+    replayed = _replayed(earlier.replay, training.seed) if earlier.replay else iter(())
+    texts = _shuffled_passes(earlier.texts, training.seed, TEXTS) if earlier.texts else iter(())
     for step in count(1):
-        micro_batches = [[rows[index] for index in batch] for batch in islice(new, parts)]
-        for index, row in enumerate(islice(earlier, replay_rows)):
-            micro_batches[index % parts].append(row)
+        joining = _due_rows(replay, step, training.batch_size * parts) if earlier.replay else 0
+        held = kl is not None and kl.weight > 0 and step % kl.every == 0
+        sizes = [training.batch_size - (joining + parts - 1 - part) // parts for part in range(parts)]
+        taken = [islice(singly, size) for size in sizes] if a_share else islice(batches, parts)
+        micro_batches = [[_Use(rows[index]) for index in batch] for batch in taken]
+        extra = [_Use(row, held=held and kl is not None and kl.replayed) for row in islice(replayed, joining)]
+        if held and kl is not None:
+            extra += [_Use(row, learned=False, held=True) for row in islice(texts, kl.rows_per_step)]
+        for index, use in enumerate(extra):
+            micro_batches[index % parts].append(use)
         if step > after:
-            yield [collate(batch, pad_id) for batch in micro_batches]
+            yield [_collate(batch, pad_id) for batch in micro_batches]
+
+
+def _due_rows(replay: ReplayConfig, step: int, rows: int) -> int:
+    """How many rows a step of so many new ones replays."""
+    turn, per_step = step // replay.every, replay.rows_per_step
+    if step % replay.every:
+        return 0
+    if per_step >= 1:
+        return int(per_step)
+    # The addition keeps 0.29 * 100, a little below 29 in floating point, from becoming 28.
+    through, before = (math.floor(turns * per_step * rows + 1e-9) for turns in (turn, turn - 1))
+    return through - before
 
 
 def _new_batches(rows: Sequence[Row], batch_size: int, seed: int) -> Iterator[NDArray[np.int64]]:

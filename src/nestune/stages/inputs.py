@@ -9,9 +9,9 @@ from typing import Any
 from nestune.backends.adapters import weights_file
 from nestune.base_model import BaseModel, resolve_base
 from nestune.config import ImportanceConfig, RunConfig, TierConfig
-from nestune.data.batches import Batch, training_steps
+from nestune.data.batches import Batch, Earlier, training_steps
 from nestune.data.dataset import Dataset, load_dataset
-from nestune.data.tokens import load_tokenizer, pad_id_of, tokenizer_files
+from nestune.data.tokens import Row, load_tokenizer, pad_id_of, tokenizer_files
 from nestune.files import sha256_file, sha256_files
 from nestune.registry.versions import resolve_adapter
 from nestune.runs import RunPaths
@@ -19,21 +19,27 @@ from nestune.runs import RunPaths
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """The base, the validated dataset, the token that pads, and the parent adapter's folder; None: a new adapter."""
+    """What a run is trained on.
+
+    The base, the validated dataset, the token that pads, the parent adapter's folder (None: there is none), and the
+    texts on which the model is held to its teacher.
+    """
 
     config: RunConfig
     base: BaseModel
     dataset: Dataset
     pad_id: int
     parent: Path | None
+    texts: tuple[Row, ...] = ()
 
     def steps(self, after: int = 0) -> Iterator[list[Batch]]:
         """The micro-batches of one training step after another, without end, from the step after `after` on.
 
         A step's are the same ones at every call.
         """
-        replay, rows = self.dataset.replay, int(self.config.retention.replay.rows_per_step)
-        return training_steps(self.dataset.train, self.config.training, self.pad_id, replay, rows, after)
+        earlier = Earlier(self.dataset.replay, self.texts)
+        retention = self.config.retention
+        return training_steps(self.dataset.train, self.config.training, self.pad_id, retention, earlier, after)
 
     @property
     def data_sha256(self) -> str:

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nestune.config import TrainingConfig
-from nestune.data.batches import collate, evaluation_batches, training_steps
+from nestune.config import KlConfig, ReplayConfig, RetentionConfig, TrainingConfig
+from nestune.data.batches import Earlier, collate, evaluation_batches, held_batches, training_steps
 from nestune.data.tokens import Row
 from nestune.errors import DataError
 
@@ -28,6 +28,11 @@ def rows_of(lengths: list[int], first: int = 1) -> list[Row]:
 def drawn(steps: list) -> list[list[list[int]]]:
     """The rows of each micro-batch of each step, by number."""
     return [[batch.tokens[:, 0].tolist() for batch in micro_batches] for micro_batches in steps]
+
+
+def replaying(rows_per_step: float, every: int = 1, kl: KlConfig | None = None) -> RetentionConfig:
+    replay = ReplayConfig(rows_per_step=rows_per_step, every=every)
+    return RetentionConfig(recipe="none", replay=replay, kl=kl)
 
 
 LENGTHS = st.lists(st.integers(2, 30), min_size=1, max_size=60)
@@ -107,7 +112,7 @@ def test_a_step_has_as_many_micro_batches_as_gradients_are_accumulated():
 def test_replayed_rows_spread_evenly_over_the_micro_batches_of_each_step():
     training = TrainingConfig(batch_size=2, gradient_accumulation_steps=3)
     replay = [rows_of([4] * 5, first=100), rows_of([4] * 3, first=200)]
-    steps = drawn(list(islice(training_steps(rows_of([4] * 12), training, PAD, replay, replay_rows=4), 15)))
+    steps = drawn(list(islice(training_steps(rows_of([4] * 12), training, PAD, replaying(4), Earlier(replay)), 15)))
     assert all([len(batch) for batch in step] == [4, 3, 3] for step in steps)
     old = [[number for batch in step for number in batch if number >= 100] for step in steps]
     assert all(len(step) == 4 for step in old)
@@ -120,13 +125,15 @@ def test_replayed_rows_spread_evenly_over_the_micro_batches_of_each_step():
 
 def test_sources_are_drawn_in_turn_across_steps():
     replay = [rows_of([4] * 2, first=100), rows_of([4] * 2, first=200), rows_of([4] * 2, first=300)]
-    steps = training_steps(rows_of([4] * 4), TrainingConfig(batch_size=1), PAD, replay, replay_rows=2)
+    steps = training_steps(rows_of([4] * 4), TrainingConfig(batch_size=1), PAD, replaying(2), Earlier(replay))
     sources = [number // 100 for ((_, *old),) in drawn(list(islice(steps, 6))) for number in old]
     assert sources == [1, 2, 3] * 4
 
 
 def test_a_source_is_shuffled_anew_each_time_it_is_used_up():
-    steps = training_steps(rows_of([4]), TrainingConfig(batch_size=1), PAD, [rows_of([4] * 20, 100)], replay_rows=20)
+    steps = training_steps(
+        rows_of([4]), TrainingConfig(batch_size=1), PAD, replaying(20), Earlier([rows_of([4] * 20, 100)])
+    )
     first, second = ([number for number in batch if number >= 100] for (batch,) in drawn(list(islice(steps, 2))))
     assert sorted(first) == sorted(second) == list(range(100, 120))
     assert first != second
@@ -135,7 +142,9 @@ def test_a_source_is_shuffled_anew_each_time_it_is_used_up():
 def test_replay_leaves_the_new_rows_in_their_order():
     rows, training = rows_of([4, 9, 3, 7, 5]), TrainingConfig(batch_size=2)
     plain = drawn(list(islice(training_steps(rows, training, PAD), 9)))
-    replayed = drawn(list(islice(training_steps(rows, training, PAD, [rows_of([4] * 3, 100)], 1), 9)))
+    replayed = drawn(
+        list(islice(training_steps(rows, training, PAD, replaying(1), Earlier([rows_of([4] * 3, 100)])), 9))
+    )
     assert [[batch[:-1] for batch in step] for step in replayed] == plain
 
 
@@ -143,4 +152,58 @@ def test_no_rows_are_an_error_not_an_endless_search():
     with pytest.raises(DataError, match="no rows"):
         next(training_steps([], TrainingConfig(), PAD))
     with pytest.raises(DataError, match="no rows"):
-        next(training_steps(rows_of([4]), TrainingConfig(), PAD, replay=[[]], replay_rows=1))
+        next(training_steps(rows_of([4]), TrainingConfig(), PAD, replaying(1), Earlier([[]])))
+
+
+@pytest.mark.parametrize(("share", "batch_size"), [(0.5, 16), (0.1, 10), (0.01, 16), (0.29, 100)])
+def test_a_share_of_the_steps_rows_gives_way_to_replayed_ones(share, batch_size):
+    training, new, earlier = TrainingConfig(batch_size=batch_size), rows_of([4] * 40), rows_of([4] * 7, 1000)
+    steps = drawn(list(islice(training_steps(new, training, PAD, replaying(share), Earlier([earlier])), 100)))
+    numbers = [number for (batch,) in steps for number in batch]
+    assert {len(batch) for (batch,) in steps} == {batch_size}
+    replayed = [number for number in numbers if number >= 1000]
+    assert len(replayed) == round(share * batch_size * 100)
+    # What gave way is not lost: the new rows come in whole epochs all the same.
+    drawn_new = [number for number in numbers if number < 1000]
+    whole = len(drawn_new) // 40 * 40
+    assert Counter(Counter(drawn_new[:whole]).values()) == {len(drawn_new) // 40: 40}
+
+
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 3))
+def test_replay_and_texts_join_every_kth_step_only(every, kl_every, parts):
+    training = TrainingConfig(batch_size=2, gradient_accumulation_steps=parts)
+    kl = KlConfig(every=kl_every, rows_per_step=3, replayed=True)
+    earlier = Earlier([rows_of([4] * 5, 100)], rows_of([5] * 4, 200))
+    steps = islice(training_steps(rows_of([4] * 8), training, PAD, replaying(2, every, kl), earlier), 12)
+    for step, micro_batches in enumerate(steps, start=1):
+        replayed, texts = [], []
+        for batch in micro_batches:
+            for index, number in enumerate(batch.tokens[:, 0].tolist()):
+                positions = (np.arange(batch.tokens.shape[1]) > 0) & (
+                    np.arange(batch.tokens.shape[1]) < batch.lengths[index]
+                )
+                held = batch.held[index].tolist() if batch.held is not None else [False] * len(positions)
+                is_held = step % kl_every == 0 and number >= 100
+                assert held == (positions & is_held).tolist()
+                assert batch.supervised[index].tolist() == (positions & (number < 200)).tolist()
+                replayed += [number] if 100 <= number < 200 else []
+                texts += [number] if number >= 200 else []
+        assert len(replayed) == (2 if step % every == 0 else 0)
+        assert len(texts) == (3 if step % kl_every == 0 else 0)
+
+
+def test_a_weight_of_zero_gives_the_batches_of_a_run_without_kl():
+    training, texts = TrainingConfig(batch_size=3), Earlier(texts=rows_of([6] * 4, 200))
+    without = islice(training_steps(rows_of([4] * 8), training, PAD), 9)
+    weightless = islice(training_steps(rows_of([4] * 8), training, PAD, replaying(8, kl=KlConfig(weight=0)), texts), 9)
+    assert drawn(list(without)) == drawn(list(weightless))
+
+
+@given(LENGTHS, st.integers(1, 9))
+def test_held_batches_hold_every_row_once_and_learn_none(lengths, batch_size):
+    batches = list(held_batches(rows_of(lengths), batch_size, PAD))
+    assert sorted(number for batch in batches for number in batch.tokens[:, 0].tolist()) == list(
+        range(1, len(lengths) + 1)
+    )
+    assert sum(int(batch.held.sum()) for batch in batches) == sum(length - 1 for length in lengths)
+    assert not any(batch.supervised.any() for batch in batches)
