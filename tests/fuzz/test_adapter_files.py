@@ -52,7 +52,7 @@ def read(folder: Path, files: dict[str, bytes]) -> dict[str, Any] | str:
         if name in files:
             (folder / name).write_bytes(files[name])
     with bounded():
-        assert all(len(fault) < 1000 for fault in misfits(folder, LORA, BASE))
+        assert all(len(fault) < 1000 for fault in misfits(folder, BASE))
     read = outcome(lambda: read_adapter(folder, EXPECTED, LORA, BASE))
     if isinstance(read, dict):
         assert {name: values.shape for name, values in read.items()} == {

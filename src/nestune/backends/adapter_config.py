@@ -45,12 +45,14 @@ class AdapterConfig:
     last_layers: int | None
     faults: tuple[str, ...]
 
-    def misfits(self, lora: LoraConfig) -> list[str]:
-        """Its faults, and what to set for it to fit."""
+    def misfits(self, lora: LoraConfig | None = None) -> list[str]:
+        """Its faults, and what to set for it to fit; without `lora`, any rank and alpha do."""
         if len(self.sizes) == 2 and not _agree(*self.sizes):
             said = " and ".join(f"rank {rank} with alpha {alpha:.12g}" for rank, alpha in self.sizes)
             return [*self.faults, f"{CONFIG}: PEFT's keys and mlx-lm's contradict each other: {said}"]
         found = list(self.faults)
+        if lora is None:
+            return found
         for rank, alpha in self.sizes[:1]:
             if rank != lora.rank:
                 found.append(f"its rank is {rank}, lora.rank is {lora.rank}: set lora.rank to {rank}")

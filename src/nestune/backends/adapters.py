@@ -11,6 +11,7 @@ The effect is scaled by alpha / rank, mlx-lm's `scale`. A folder of either libra
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,6 +20,7 @@ import pydantic
 from numpy.typing import NDArray
 
 from nestune.backends.adapter_config import CONFIG, make_adapter_config, read_adapter_config
+from nestune.backends.lora_sum import Adapter
 from nestune.base_model import BaseModel
 from nestune.base_sizes import read_shapes
 from nestune.config import LoraConfig
@@ -79,16 +81,39 @@ def read_adapter(
     Raises ConfigError with every mismatch: another base, rank or alpha; more than plain LoRA; missing, surplus or
     misshapen matrices, or values that are no finite numbers; two files that differ; missing or broken files.
     """
+    return dict(_read(folder, expected, lora, base, any_size=False).weights)
+
+
+def read_adapter_of_any_size(
+    folder: Path, expected: Sequence[LoraParameter], lora: LoraConfig, base: BaseModel
+) -> Adapter:
+    """As `read_adapter`, whatever the adapter's rank and alpha: the modules alone are those of `expected`.
+
+    Raises ConfigError as `read_adapter` does, and when the rank exceeds the largest dimension of the model's modules,
+    beyond which no rank adds anything.
+    """
+    return _read(folder, expected, lora, base, any_size=True)
+
+
+def _read(
+    folder: Path, expected: Sequence[LoraParameter], lora: LoraConfig, base: BaseModel, any_size: bool
+) -> Adapter:
+    largest = max(max(matrix.shape[1 - matrix.rank_axis] for matrix in expected), lora.rank)
     try:
-        limit = _most_bytes(expected)
-        read = [_read_matrices(file, limit) for file in _weights_files(folder)]
+        files = _weights_files(folder)
         config = read_adapter_config(folder)
+        rank, alpha = config.sizes[0] if config.sizes and any_size else (lora.rank, lora.alpha)
+        expected = [_with_rank(matrix, min(rank, largest)) for matrix in expected]
+        limit = _most_bytes(expected)
+        read = [_read_matrices(file, limit) for file in files]
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder}: the adapter is broken: {error}. Train it again, or take another copy.") from None
     layers = 1 + max(matrix.layer for matrix in expected)
     first = max(0, layers - (config.last_layers or layers))
     matrices, *twin = (found for found, _ in read)
-    faults = config.misfits(lora) + _base_faults(folder, base)
+    faults = config.misfits(None if any_size else lora) + _base_faults(folder, base)
+    if rank > largest:
+        faults.append(f"its rank is {rank}, and no module of this model has more than {largest} inputs or outputs")
     of_files = [fault for _, of_a_file in read for fault in of_a_file]
     faults += _differences(matrices, *twin) if twin and not of_files else []
     faults += of_files
@@ -101,13 +126,13 @@ def read_adapter(
     if first:
         which = "layer 0 starts" if first == 1 else f"layers 0 to {first - 1} start"
         log.warning("%s adapts the last %d of %d layers; %s untrained", folder, layers - first, layers, which)
-    return {matrix.name: values for matrix, values in matrices.items()}
+    return Adapter({matrix.name: values for matrix, values in matrices.items()}, alpha / rank)
 
 
-def misfits(folder: Path, lora: LoraConfig, base: BaseModel) -> list[str]:
-    """What of an adapter folder's kind, rank, alpha and base is not as configured; reads no weights."""
+def misfits(folder: Path, base: BaseModel) -> list[str]:
+    """What of an adapter folder's kind and base is not as configured, whatever its rank; reads no weights."""
     try:
-        faults = read_adapter_config(folder).misfits(lora)
+        faults = read_adapter_config(folder).misfits()
     except (OSError, ValueError) as error:
         return [f"it cannot be read: {error}"]
     return faults + _base_faults(folder, base)
@@ -134,6 +159,11 @@ def _weights_files(folder: Path) -> list[Path]:
             f"{folder} is no adapter: it needs {CONFIG}, and {WEIGHTS} or {MLX_WEIGHTS}. Name another folder."
         )
     return files
+
+
+def _with_rank(matrix: LoraParameter, rank: int) -> LoraParameter:
+    rows, columns = matrix.shape
+    return replace(matrix, shape=(rank, columns) if matrix.side == "a" else (rows, rank))
 
 
 def _most_bytes(expected: Sequence[LoraParameter]) -> int:

@@ -99,11 +99,11 @@ def champion(registry: RegistryConfig) -> Champion | None:
 def fitting_champion(config: RunConfig, base: BaseModel) -> Champion | None:
     """As `champion`; raises ConfigError when it cannot be compared with what this configuration trains."""
     current = champion(config.registry)
-    faults = misfits(current.folder, config.lora, base) if current else []
+    faults = misfits(current.folder, base) if current else []
     if current and faults:
         raise ConfigError(
             f"the champion of {config.registry.registered_model}, version {current.version}, cannot be compared with "
-            f"this run: {'; '.join(faults)}. Use its base and lora block, or another registry.registered_model."
+            f"this run: {'; '.join(faults)}. Use its base, or another registry.registered_model."
         )
     return current
 

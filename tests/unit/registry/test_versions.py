@@ -224,15 +224,18 @@ def test_the_champion_is_its_number_and_its_adapter(config: RunConfig, version: 
         assert (found.folder / file).read_bytes() == (adapter / file).read_bytes()
 
 
-def test_a_champion_of_another_rank_cannot_be_compared_with(config: RunConfig, version: str, adapter: Path) -> None:
+def test_a_champion_of_another_rank_can_be_compared_with_but_none_of_another_kind(
+    config: RunConfig, version: str, adapter: Path
+) -> None:
     promote_version(config.registry, version, None)
     base = resolve_base(config.model)
-    found = fitting_champion(config, base)
+    other = config.model_copy(update={"lora": config.lora.model_copy(update={"rank": 5})})
+    found = fitting_champion(other, base)
     assert found is not None
     assert found.version == version
-    other = config.model_copy(update={"lora": config.lora.model_copy(update={"rank": 5})})
-    refusal = rf"version {version}, cannot be compared.*its rank is 4, lora\.rank is 5.*registered_model"
-    with pytest.raises(ConfigError, match=refusal):
+    settings = found.folder / "adapter_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"use_dora": True}))
+    with pytest.raises(ConfigError, match=rf"version {version}, cannot be compared.*use_dora.*registered_model"):
         fitting_champion(other, base)
 
 
