@@ -352,10 +352,10 @@ def test_the_command_says_what_is_wrong_without_a_traceback(
     assert main(wrong) == 2
     assert main([*wrong, "--force"]) == 2
     assert main(["export", "--config", str(configured), "--to", "peft", "--checkpoint", "final"]) == 1
-    assert main(["export", "--config", str(configured), "--to", "peft", "--set", "lora.rank=3"]) == 2
+    assert main(["export", "--config", str(configured), "--to", "peft", "--set", "lora.targets=[q_proj]"]) == 2
     told = capsys.readouterr().err
     assert "Pass --force to replace it" in told
     assert "is no export of nestune" in told
     assert "there is no runs/contract/checkpoints/final" in told
-    assert "its rank is 4" in told
+    assert "set lora.targets to [" in told
     assert "Traceback" not in told

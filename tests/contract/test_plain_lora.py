@@ -55,11 +55,11 @@ def ordinary_mlx_loop(batches: list[Batch], first_weights: dict[str, NDArray[Any
     from mlx import nn, optimizers
     from mlx_lm.utils import load_model
 
-    from nestune.backends.mlx_lora import add_lora
+    from nestune.backends.mlx_lora import LoraParts, add_lora
     from nestune.config import LoraConfig
 
     model, _ = load_model(BASE)
-    matrices = add_lora(model, LoraConfig())
+    matrices = add_lora(model, LoraConfig(), LoraParts())
     for matrix in matrices:
         matrix.put(mx.array(np.ascontiguousarray(first_weights[matrix.described.name].T)))
     optimizer = optimizers.AdamW(RATE, weight_decay=0.01, bias_correction=True)

@@ -18,25 +18,27 @@ class StepResult:
 
     loss in nats per supervised token of the whole step; tokens: supervised tokens of the step;
     positions: all tokens of the step that are not padding; grad_norm: global norm, before clipping, of the
-    gradients applied at this step; 0 when no tier was due.
+    gradients applied at this step; 0 when no tier was due; kl: mean divergence from the teacher in nats per held
+    position, None when none was held.
     """
 
     loss: float
     tokens: int
     positions: int
     grad_norm: float
+    kl: float | None = None
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Summed cross-entropy in nats over `tokens` supervised tokens."""
+    """Nats summed over `tokens` positions: cross-entropy of supervised tokens, or divergence at held ones."""
 
     nats: float
     tokens: int
 
     @property
     def mean(self) -> float:
-        """Nats per supervised token."""
+        """Nats per position."""
         return self.nats / self.tokens
 
 
@@ -59,7 +61,11 @@ class Backend(Protocol):
         ...
 
     def train_step(self, micro_batches: Sequence[Batch], due: frozenset[int], learning_rate: float) -> StepResult:
-        """Update the tiers in `due` by the gradient of the mean loss over the step's supervised tokens."""
+        """Update the tiers in `due` by the gradient of the step's loss.
+
+        That is the mean cross-entropy of its supervised tokens, plus what `retention` says: kl.weight times the mean
+        KL(teacher || model) of its held positions, l2 times the squared change of all weights against the parent.
+        """
         ...
 
     def measure_importance(
@@ -74,25 +80,51 @@ class Backend(Protocol):
         ...
 
     def loss(self, batches: Iterable[Batch]) -> Loss:
-        """The loss over all batches, without dropout or gradients."""
+        """The cross-entropy over all batches, without dropout or gradients."""
+        ...
+
+    def divergence(self, batches: Iterable[Batch], teacher: Path | None) -> Loss:
+        """KL(teacher || model) at the held positions, of a saved adapter of any rank (None: the base), no gradients."""
         ...
 
     def logits(self, tokens: Sequence[int]) -> NDArray[Any]:
         """The logits, float32 (len(tokens), vocabulary), after each token of one row, without dropout."""
         ...
 
-    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
-        """Greedy continuations of prompts (token ids), each cut before its first end token."""
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_tokens: int, temperature: float = 0.0, seed: int = 0
+    ) -> list[list[int]]:
+        """Continuations of prompts (token ids), each cut before its first end token.
+
+        Greedy ones at temperature 0, else drawn from softmax(logits / temperature) by the seed.
+        """
         ...
 
     def save_adapter(self, folder: Path) -> None:
-        """Write the adapter's weights and configuration into an existing folder."""
+        """Write the adapter's weights and configuration into an existing folder.
+
+        One ordinary LoRA: where it is trained on top of a parent's, the exact sum, the parent's ranks first.
+        """
+        ...
+
+    def begin(self, parent: Path | None, checkpoint: Path | None = None) -> None:
+        """Start training from a parent adapter of any rank as `retention.start` says; from a checkpoint, go on.
+
+        The parent stays as the teacher. Raises ConfigError when an adapter does not fit.
+        """
         ...
 
     def load_adapter(self, folder: Path | None) -> None:
-        """Take the weights of a saved adapter; None: those of an untrained one, which changes nothing.
+        """Take the weights of a saved adapter into training; None: those of an untrained one, which changes nothing.
 
         Raises ConfigError when it was trained on another base, or any name or shape does not match.
+        """
+        ...
+
+    def show_adapter(self, folder: Path | None) -> None:
+        """Compute with a saved adapter of any rank and alpha, and train none; None: with the base alone.
+
+        Raises ConfigError when it was trained on another base or other modules.
         """
         ...
 

@@ -1,6 +1,7 @@
-"""Greedy answers of an MLX model, several prompts at once where the model can."""
+"""What an MLX model writes, greedily or drawn, for several prompts at once where the model can."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -9,16 +10,24 @@ from mlx import nn
 from mlx_lm.generate import BatchGenerator, GenerationBatch
 from numpy.typing import NDArray
 
+Sampler = Callable[[mx.array], mx.array]
 # Of the range of the log-probabilities; rounding to bfloat16 stays below, a wrong mask does not.
 TOLERANCE = 0.02
 
 
-def generate_greedily(
-    model: nn.Module, prompts: Sequence[Sequence[int]], max_tokens: int, ends: Sequence[int], at_once: int
+def generate(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    ends: Sequence[int],
+    at_once: int,
+    temperature: float = 0.0,
+    seed: int = 0,
 ) -> list[list[int]]:
-    """The likeliest next tokens of each prompt, up to `max_tokens`, cut before the first of `ends`.
+    """The next tokens of each prompt, up to `max_tokens`, cut before the first of `ends`.
 
-    at_once: prompts that are answered together; the shorter ones are padded.
+    The likeliest at temperature 0, else drawn from softmax(logits / temperature) by the seed. at_once: prompts that
+    are answered together; the shorter ones are padded.
     """
     written: list[list[int]] = [[] for _ in prompts]
 
@@ -26,8 +35,23 @@ def generate_greedily(
         if response.finish_reason != "stop":
             written[prompt].append(response.token)
 
-    _generate(model, prompts, max_tokens, ends, at_once, write)
+    _generate(model, prompts, max_tokens, ends, at_once, write, _drawing(temperature, seed) if temperature else None)
     return written
+
+
+def _drawing(temperature: float, seed: int) -> Sampler:
+    """Draws tokens (B,) from log-probabilities (B, V), by a key of its own at every call."""
+    keys = iter(partial(_next_key, [mx.random.key(seed)]), None)
+
+    def draw(log_probabilities: mx.array) -> mx.array:
+        return mx.random.categorical(log_probabilities * (1 / temperature), key=next(keys))
+
+    return draw
+
+
+def _next_key(state: list[mx.array]) -> mx.array:
+    state[0], key = mx.random.split(state[0])
+    return key
 
 
 def answers_together(model: nn.Module) -> bool:
@@ -59,12 +83,14 @@ def _generate(
     ends: Sequence[int],
     at_once: int,
     take: Callable[[int, GenerationBatch.Response], None],
+    sampler: Sampler | None = None,
 ) -> None:
-    """Hand each greedy token over, with the number of its prompt."""
+    """Hand each token over, with the number of its prompt; greedy ones without a sampler."""
     generator = BatchGenerator(
         model,
         max_tokens=max_tokens,
         stop_tokens=[[token] for token in ends],
+        sampler=sampler,
         completion_batch_size=at_once,
         prefill_batch_size=at_once,
     )

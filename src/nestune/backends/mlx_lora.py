@@ -1,6 +1,7 @@
 """LoRA on an MLX model: which modules get an adapter, the layer itself, and layers that keep no activations."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,15 +21,39 @@ ROPE_IN_MLX = {
 }
 
 
+# A (inputs, rank), B (rank, outputs) and the scale of a frozen adapter in one module.
+Part = tuple[mx.array, mx.array, float]
+
+
+@dataclass
+class LoraParts:
+    """Which adapters a model computes with; all its modules look here."""
+
+    own: bool = True
+    with_parent: bool = False
+
+    @contextmanager
+    def shown(self, own: bool, with_parent: bool) -> Iterator[None]:
+        """Compute with these for a while."""
+        before = self.own, self.with_parent
+        self.own, self.with_parent = own, with_parent
+        try:
+            yield
+        finally:
+            self.own, self.with_parent = before
+
+
 class LoraLinear(nn.Module):
     """W x + scale (x A) B around a frozen linear module, quantized or not; A (inputs, rank), B (rank, outputs).
+
+    A frozen parent's adapter, s_p (x A_p) B_p, may join, or take the place of the trained one (`LoraParts`).
 
     Differs from mlx-lm's in three things: dropout draws from a key of the module's own, so that a layer computed
     again in the backward pass drops the same inputs; the adapter's product is added as it is made; no weights are
     drawn, since every backend starts from the same ones.
     """
 
-    def __init__(self, linear: nn.Module, lora: LoraConfig) -> None:
+    def __init__(self, linear: nn.Module, lora: LoraConfig, parts: "LoraParts") -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         outputs, inputs = _shape(linear)
         self.linear = linear
@@ -38,19 +63,34 @@ class LoraLinear(nn.Module):
         self._key = mx.random.key(0)
         self._scale = lora.alpha / lora.rank
         self._keep = 1 - lora.dropout
+        self._parts = parts
+        self._parent: Part | None = None
 
     def __call__(self, x: mx.array) -> mx.array:
         output: mx.array = self.linear(x)
+        if self._parent is not None and self._parts.with_parent:
+            output = _add(output, x, *self._parent)
+        if not self._parts.own:
+            return output
         if self.training and self._keep < 1:
             x = x * mx.random.bernoulli(self._keep, x.shape, key=self._key) * (1 / self._keep)
-        inner = x @ self.lora_a
-        if inner.dtype == output.dtype:
-            return mx.addmm(output, inner, self.lora_b, alpha=self._scale)
-        return output + (self._scale * (inner @ self.lora_b)).astype(output.dtype)
+        return _add(output, x, self.lora_a, self.lora_b, self._scale)
+
+    def set_parent(self, parent: "Part | None") -> None:
+        """Compute, from now on, with this adapter as the parent's."""
+        self._parent = parent
 
     def drop_by(self, key: mx.array) -> None:
         """Drop, from now on, the inputs that this key draws."""
         self._key = key
+
+
+def _add(output: mx.array, x: mx.array, a: mx.array, b: mx.array, scale: float) -> mx.array:
+    """The output, and scale (x A) B."""
+    inner = x @ a
+    if inner.dtype == output.dtype:
+        return mx.addmm(output, inner, b, alpha=scale)
+    return output + (scale * (inner @ b)).astype(output.dtype)
 
 
 @dataclass(frozen=True)
@@ -83,7 +123,7 @@ def parameters_of(model: nn.Module, *, frozen_too: bool = False) -> dict[str, mx
     return dict(tree_flatten(parameters))
 
 
-def add_lora(model: nn.Module, lora: LoraConfig) -> list[LoraMatrix]:
+def add_lora(model: nn.Module, lora: LoraConfig, parts: LoraParts) -> list[LoraMatrix]:
     """Freeze the model and give its linear modules an adapter; the matrices in the model's order.
 
     Raises ConfigError when the targets match nothing, or a module outside of the layers.
@@ -97,7 +137,7 @@ def add_lora(model: nn.Module, lora: LoraConfig) -> list[LoraMatrix]:
             f"lora.targets is {lora.targets!r}: that is no LoRA matrix of a layer: {', '.join(outside)}. Let LoRA "
             "target modules of the layers by name, e.g. [q_proj, v_proj]."
         )
-    with_adapter = {path: LoraLinear(linear[path], lora) for path in chosen}
+    with_adapter = {path: LoraLinear(linear[path], lora, parts) for path in chosen}
     model.update_modules(tree_unflatten(list(with_adapter.items())))
     for module in with_adapter.values():
         module.unfreeze(recurse=False, keys=["lora_a", "lora_b"])
@@ -108,6 +148,25 @@ def add_lora(model: nn.Module, lora: LoraConfig) -> list[LoraMatrix]:
         path = key.rpartition(".")[0]
         matrices.append(LoraMatrix(described, path, with_adapter[path]))
     return matrices
+
+
+def squared_change(
+    matrices: Mapping[str, mx.array], modules: Mapping[str, LoraLinear], parts: LoraParts, scale: float
+) -> mx.array:
+    """The squared Frobenius norm of what training has changed of all weights against the parent; a scalar.
+
+    matrices: canonical name -> A (inputs, rank) or B (rank, outputs); modules: canonical name -> what holds it. As
+    `nestune.backends.torch_lora.squared_change`.
+    """
+    total = mx.zeros(())
+    for name, a in matrices.items():
+        if not name.endswith("lora_a"):
+            continue
+        b, parent = scale * matrices[name[:-1] + "b"], modules[name]._parent
+        if parent is not None and not parts.with_parent:
+            a, b = mx.concatenate([a, parent[0]], axis=1), mx.concatenate([b, -parent[2] * parent[1]])
+        total = total + ((b @ b.T) * (a.T @ a)).sum()
+    return total
 
 
 def checkpoint_activations(layers: Sequence[nn.Module]) -> None:

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from nestune.tiers.parameters import LoraParameter
 
 
-def initial_weights(parameters: Sequence[LoraParameter], seed: int) -> dict[str, NDArray[Any]]:
+def initial_weights(parameters: Sequence[LoraParameter], seed: int, upon: int = 0) -> dict[str, NDArray[Any]]:
     """A new adapter, float32 by canonical name: A uniform within +-1 / sqrt(inputs), B zero, so that B A = 0.
 
-    Each A has a generator of its own, so that it does not depend on what else is trained.
+    Each A has a generator of its own, so that it does not depend on what else is trained. `upon`: the rank of the
+    adapter that it comes on top of; one that began with the same seed is so not drawn again.
     Source: PEFT's default (kaiming_uniform with a = sqrt(5)) and mlx-lm's, which are the same law.
     """
     weights = {}
@@ -24,7 +25,7 @@ def initial_weights(parameters: Sequence[LoraParameter], seed: int) -> dict[str,
         if parameter.side == "b":
             weights[parameter.name] = np.zeros(parameter.shape, np.float32)
             continue
-        generator = np.random.default_rng([seed, *parameter.name.encode()])
+        generator = np.random.default_rng([seed, *([upon] if upon else []), *parameter.name.encode()])
         bound = parameter.shape[1] ** -0.5
         weights[parameter.name] = generator.uniform(-bound, bound, parameter.shape).astype(np.float32)
     return weights

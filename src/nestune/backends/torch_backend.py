@@ -1,40 +1,35 @@
 """Training on PyTorch (CUDA, or CPU): Transformers holds the base, PEFT the adapter, torch.optim the updates."""
 
-import json
 import math
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model
-from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, GenerationConfig
-from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging
+from torch import Tensor
 
-from nestune.backends.adapters import read_adapter, write_adapter
+from nestune.backends.adapters import read_adapter, read_adapter_of_any_size, write_adapter
 from nestune.backends.base import Loss, StepResult
-from nestune.backends.frozen_lora import shorten_frozen_forward
-from nestune.backends.head_loss import head_loss
+from nestune.backends.beginning import begin_training, summed
+from nestune.backends.head_loss import head_divergence, head_loss
 from nestune.backends.lora_modules import trainable_lora
-from nestune.backends.lora_targets import chosen_modules
+from nestune.backends.lora_sum import Adapter
 from nestune.backends.randomness import initial_weights, step_seed
 from nestune.backends.tiered_optimizer import TieredOptimizer
+from nestune.backends.torch_lora import Part, control_lora, squared_change
+from nestune.backends.torch_model import add_lora, checkpoint_activations, greedy_generation, load_base
 from nestune.backends.torch_state import read_state, restore_state
 from nestune.backends.training_state import TrainingState, check_fits
-from nestune.base_model import a_base_that_computes, code_of_its_own, end_tokens, resolve_base
+from nestune.base_model import a_base_that_computes, resolve_base
 from nestune.config import RunConfig
 from nestune.data.batches import Batch
 from nestune.data.tokens import load_tokenizer, pad_id_of
-from nestune.errors import ConfigError, DivergedError
+from nestune.errors import DivergedError
 from nestune.tiers.parameters import LoraParameter
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -70,16 +65,17 @@ class TorchBackend:
         self._base = resolve_base(config.model)
         tokenizer = load_tokenizer(self._base.folder)
         dtype = "auto" if config.model.dtype == "auto" else getattr(torch, config.model.dtype)
-        self._causal = _load_base(self._base.folder, dtype).to(self.device)
+        self._causal = load_base(self._base.folder, dtype).to(self.device)
         self._pad_id = pad_id_of(tokenizer, self._base.vocabulary)
         self._causal.generation_config = greedy_generation(
             self._causal.generation_config, self._pad_id, int(tokenizer.eos_token_id)
         )
         self._end_ids = frozenset(self._causal.generation_config.eos_token_id)
-        self._model = _add_lora(self._causal, config)
-        shorten_frozen_forward(self._model)
+        self._model = add_lora(self._causal, config)
+        self._parts = control_lora(self._model)
+        self._added: Adapter | None = None
         if config.training.gradient_checkpointing:
-            _checkpoint_activations(self._causal)
+            checkpoint_activations(self._causal)
         self._model.eval()
         matrices = trainable_lora(self._model)
         self._described = [matrix.described for matrix in matrices]
@@ -87,7 +83,8 @@ class TorchBackend:
         self._modules = {matrix.described.name: _module_path(matrix.key) for matrix in matrices}
         self._untrained = initial_weights(self._described, config.training.seed)
         self._set_weights(self._untrained)
-        self._head_is_linear, self._positions_at_once = self._probe_head()
+        self._states, self._head, self._positions_at_once = self._split_head()
+        self._scale = config.lora.alpha / config.lora.rank
         self._optimizer: TieredOptimizer | None = None
 
     def lora_parameters(self) -> list[LoraParameter]:
@@ -114,11 +111,11 @@ class TorchBackend:
         assert self._optimizer is not None, "prepare_training comes first"
         self._optimizer.require_gradients(due)
         torch.manual_seed(step_seed(self._config.training.seed, self._optimizer.steps + 1))
-        nats, tokens = self._backward(micro_batches)
+        nats, tokens, kl = self._backward(micro_batches)
         self._optimizer.set_learning_rate(learning_rate)
         grad_norm = self._optimizer.update(due)
         self._optimizer.zero_grad()
-        return StepResult(nats, tokens, sum(int(batch.lengths.sum()) for batch in micro_batches), grad_norm)
+        return StepResult(nats, tokens, sum(int(batch.lengths.sum()) for batch in micro_batches), grad_norm, kl)
 
     def measure_importance(
         self,
@@ -145,9 +142,27 @@ class TorchBackend:
         self._switch(training=False)
         with torch.no_grad():
             for batch in batches:
-                nats += self._mean_loss(batch, tokens=1).item()
+                states = self._states_of(batch.tokens, batch.lengths)
+                nats += self._cross_entropy(batch, states, tokens=1).item()
                 tokens += int(batch.supervised.sum())
         return Loss(nats, tokens)
+
+    def divergence(self, batches: Iterable[Batch], teacher: Path | None) -> Loss:
+        shown, self._parts.parent = self._parts.parent, {}
+        of_teacher = self._parts_of(self._read_frozen(teacher)) if teacher is not None else {}
+        own, with_parent = self._parts.own, self._parts.with_parent
+        nats, positions = 0.0, 0
+        self._switch(training=False)
+        with torch.no_grad():
+            for batch in batches:
+                assert batch.held is not None, "such batches hold the model to its teacher"
+                self._parts.parent, self._parts.own, self._parts.with_parent = of_teacher, False, True
+                said = self._states_of(batch.tokens, batch.lengths)[:, :-1][self._mask(batch.held)]
+                self._parts.parent, self._parts.own, self._parts.with_parent = shown, own, with_parent
+                states = self._states_of(batch.tokens, batch.lengths)
+                nats += self._divergence(batch.held, states, said, positions=1).item()
+                positions += int(batch.held.sum())
+        return Loss(nats, positions)
 
     def logits(self, tokens: Sequence[int]) -> NDArray[Any]:
         self._switch(training=False)
@@ -156,7 +171,9 @@ class TorchBackend:
         array: NDArray[Any] = logits.float().cpu().numpy()
         return array
 
-    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_tokens: int, temperature: float = 0.0, seed: int = 0
+    ) -> list[list[int]]:
         width = max(len(prompt) for prompt in prompts)
         tokens = torch.full((len(prompts), width), self._pad_id, dtype=torch.long)
         attention = torch.zeros_like(tokens)
@@ -164,21 +181,39 @@ class TorchBackend:
             tokens[row, width - len(prompt) :] = torch.as_tensor(np.asarray(prompt, dtype=np.int64))
             attention[row, width - len(prompt) :] = 1
         self._switch(training=False)
+        torch.manual_seed(seed)
+        drawn = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
         with torch.no_grad(), self._autocast():
             written = self._model.generate(
                 input_ids=tokens.to(self.device),
                 attention_mask=attention.to(self.device),
                 max_new_tokens=max_tokens,
+                **drawn,
             )
         return [self._until_end(row) for row in written[:, width:].tolist()]
 
     def save_adapter(self, folder: Path) -> None:
         layers = self._causal.config.get_text_config().num_hidden_layers
-        write_adapter(folder, self.weights(), self._modules, layers, self._config.lora, self._base)
+        weights, lora = summed(self.weights() if self._parts.own else None, self._added, self._config.lora)
+        write_adapter(folder, weights, self._modules, layers, lora, self._base)
+
+    def begin(self, parent: Path | None, checkpoint: Path | None = None) -> None:
+        start = begin_training(parent, checkpoint, self._described, self._config, self._base)
+        self._set_weights(start.own)
+        self._added = start.added
+        self._parts.parent = self._parts_of(start.parent) if start.parent else {}
+        self._parts.own, self._parts.with_parent = True, start.beside
 
     def load_adapter(self, folder: Path | None) -> None:
         read = read_adapter(folder, self._described, self._config.lora, self._base) if folder else {}
         self._set_weights({**self._untrained, **read})
+        self._added, self._parts.parent = None, {}
+        self._parts.own, self._parts.with_parent = True, False
+
+    def show_adapter(self, folder: Path | None) -> None:
+        self._added = self._read_frozen(folder) if folder is not None else None
+        self._parts.parent = self._parts_of(self._added) if self._added else {}
+        self._parts.own, self._parts.with_parent = False, True
 
     def training_state(self) -> TrainingState:
         assert self._optimizer is not None, "prepare_training comes first"
@@ -199,53 +234,105 @@ class TorchBackend:
         if self._model.training != training:
             self._model.train(training)
 
-    def _backward(self, micro_batches: Sequence[Batch]) -> tuple[float, int]:
-        """Add up the gradients of a step's mean loss; returns that loss, in nats per token, and the tokens.
+    def _read_frozen(self, folder: Path) -> Adapter:
+        return read_adapter_of_any_size(folder, self._described, self._config.lora, self._base)
 
-        Raises DivergedError when the loss is not finite.
+    def _parts_of(self, adapter: Adapter) -> dict[str, Part]:
+        """A frozen adapter as the modules compute with it: module path -> A, B and scale."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for name, values in adapter.weights.items():
+            found.setdefault(self._modules[name], {})[name[-1]] = torch.from_numpy(values).to(self.device)
+        return {path: (sides["a"], sides["b"], adapter.scale) for path, sides in found.items()}
+
+    def _as_teacher(self) -> AbstractContextManager[None]:
+        """Compute as the teacher does: with the parent's adapter, or with the base alone."""
+        kl = self._config.retention.kl
+        return self._parts.shown(own=False, with_parent=kl is not None and kl.teacher == "parent")
+
+    def _backward(self, micro_batches: Sequence[Batch]) -> tuple[float, int, float | None]:
+        """Add up the gradients of a step's loss.
+
+        Returns the mean cross-entropy in nats per token, the tokens, and the mean divergence from the teacher in nats
+        per held position, None where none is held. Raises DivergedError when one of them is not finite.
         """
+        retention = self._config.retention
         tokens = sum(int(batch.supervised.sum()) for batch in micro_batches)
-        self._switch(training=True)
-        nats = 0.0
+        positions = sum(int(batch.held.sum()) for batch in micro_batches if batch.held is not None)
+        weight = retention.kl.weight if retention.kl is not None else 0.0
+        nats, kl = 0.0, 0.0
         for batch in micro_batches:
-            loss = self._mean_loss(batch, tokens)
+            said = self._said_by_teacher(batch) if batch.held is not None else None
+            self._switch(training=True)
+            states = self._states_of(batch.tokens, batch.lengths)
+            loss = self._cross_entropy(batch, states, tokens)
             nats += loss.item()
+            if batch.held is not None and said is not None:
+                divergence = self._divergence(batch.held, states, said, positions)
+                kl += divergence.item()
+                loss = loss + weight * divergence
             if loss.requires_grad:
                 loss.backward()
-        if not math.isfinite(nats):
-            raise DivergedError(f"the loss is {nats}")
-        return nats, tokens
+        if retention.l2:
+            change = retention.l2 * squared_change(self._parameters, self._modules, self._parts, self._scale)
+            if change.requires_grad:
+                change.backward()
+        if not math.isfinite(nats + kl):
+            raise DivergedError(f"the loss is {nats if not math.isfinite(nats) else kl}")
+        return nats, tokens, kl if positions else None
 
-    def _mean_loss(self, batch: Batch, tokens: int) -> Tensor:
+    def _said_by_teacher(self, batch: Batch) -> Tensor:
+        """The teacher's states (M, H) at a batch's held positions; rows of which none is held are left out."""
+        assert batch.held is not None
+        rows = batch.held.any(axis=1)
+        width = int(batch.lengths[rows].max())
+        self._switch(training=False)
+        with torch.no_grad(), self._as_teacher():
+            states = self._states_of(batch.tokens[rows, :width], batch.lengths[rows])
+        return states[:, :-1][self._mask(batch.held[rows, :width])]
+
+    def _cross_entropy(self, batch: Batch, states: Tensor, tokens: int) -> Tensor:
         """Cross-entropy, in nats, at a batch's supervised positions, summed and divided by `tokens`."""
-        ids = torch.from_numpy(batch.tokens.astype(np.int64)).to(self.device)
-        lengths = torch.from_numpy(batch.lengths.astype(np.int64)).to(self.device)
-        attention = torch.arange(ids.shape[1], device=self.device) < lengths[:, None]
-        supervised = torch.from_numpy(batch.supervised).to(self.device)[:, 1:]
-        targets = ids[:, 1:][supervised]
-        inputs = {"input_ids": ids, "attention_mask": attention.long(), "use_cache": False}
+        targets = torch.from_numpy(batch.tokens[:, 1:][batch.supervised[:, 1:]].astype(np.int64)).to(self.device)
         with self._autocast():
-            if self._head_is_linear:
-                hidden = self._causal.base_model(**inputs).last_hidden_state[:, :-1][supervised]
-                head = self._causal.get_output_embeddings()
-                return head_loss(hidden, targets, head, tokens, self._positions_at_once)
-            logits = self._causal(**inputs).logits[:, :-1][supervised]
-            return F.cross_entropy(logits.float(), targets, reduction="sum") / tokens
+            seen = states[:, :-1][self._mask(batch.supervised)]
+            return head_loss(seen, targets, self._head, tokens, self._positions_at_once)
+
+    def _divergence(self, held: NDArray[np.bool_], states: Tensor, said: Tensor, positions: int) -> Tensor:
+        """KL(teacher || model), in nats, at held positions, summed and divided by `positions`."""
+        with self._autocast():
+            seen = states[:, :-1][self._mask(held)]
+            return head_divergence(seen, said, self._head, positions, self._positions_at_once)
+
+    def _states_of(self, tokens: NDArray[np.int32], lengths: NDArray[np.int32]) -> Tensor:
+        """What the head makes logits of, (B, T, H), of rows padded on the right."""
+        ids = torch.from_numpy(tokens.astype(np.int64)).to(self.device)
+        ends = torch.from_numpy(lengths.astype(np.int64)).to(self.device)
+        attention = torch.arange(ids.shape[1], device=self.device) < ends[:, None]
+        with self._autocast():
+            return self._states(input_ids=ids, attention_mask=attention.long(), use_cache=False)
+
+    def _mask(self, positions: NDArray[np.bool_]) -> Tensor:
+        """Positions (B, T) as those (B, T - 1) of the states that predict them."""
+        return torch.from_numpy(positions[:, 1:]).to(self.device)
 
     def _autocast(self) -> torch.autocast:
         precision = self._config.training.precision
         return torch.autocast(self.device, dtype=torch.bfloat16, enabled=precision == "bfloat16")
 
-    def _probe_head(self) -> tuple[bool, int]:
-        """Whether logits are the head's output as it is, and how many positions it may see at once.
+    def _split_head(self) -> tuple[Callable[..., Tensor], Callable[[Tensor], Tensor], int]:
+        """What makes the states, the head that makes logits of them, and how many positions it may see at once.
 
         Some models scale or cap their logits afterwards: theirs are made by the whole model, all positions at once.
         """
+        causal = self._causal
         probe = torch.arange(4, device=self.device)[None]
         with torch.no_grad(), a_base_that_computes(self._base):
-            logits = self._causal(probe).logits
-            alone = self._causal.get_output_embeddings()(self._causal.base_model(probe).last_hidden_state)
-        return torch.allclose(alone, logits), max(1, LOGITS_AT_ONCE // logits.shape[-1])
+            logits = causal(probe).logits
+            alone = causal.get_output_embeddings()(causal.base_model(probe).last_hidden_state)
+        if not torch.allclose(alone, logits):
+            return lambda **inputs: causal(**inputs).logits, lambda logits: logits, sys.maxsize
+        at_once = max(1, LOGITS_AT_ONCE // logits.shape[-1])
+        return lambda **inputs: causal.base_model(**inputs).last_hidden_state, causal.get_output_embeddings(), at_once
 
     def _until_end(self, tokens: list[int]) -> list[int]:
         ends = [position for position, token in enumerate(tokens) if token in self._end_ids]
@@ -255,77 +342,3 @@ class TorchBackend:
 def _module_path(key: str) -> str:
     """Where the module of a PEFT parameter is in the base model, e.g. `model.layers.3.self_attn.q_proj`."""
     return key.removeprefix("base_model.model.").rpartition(".lora_")[0]
-
-
-def greedy_generation(recommended: GenerationConfig, pad_id: int, end_id: int) -> GenerationConfig:
-    """Greedy generation that ends at every end token of the base, in place of what the base recommends.
-
-    That may sample, or punish repetition, so that a score would depend on more than the weights.
-    """
-    ends = end_tokens(recommended.eos_token_id)
-    return GenerationConfig(
-        do_sample=False,
-        pad_token_id=pad_id,
-        eos_token_id=sorted({end_id, *ends}),
-    )
-
-
-def _load_base(folder: Path, dtype: Any) -> Any:
-    """The base model; typed loosely, as the methods of Transformers' models mostly bear no types."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    quantization = config.get("quantization")
-    if quantization is not None:
-        raise ConfigError(
-            f"model.base: the model in {folder} is quantized for MLX ({quantization.get('bits')} bits), which PyTorch "
-            "does not read. Set model.backend: mlx, or take the base that it was made of."
-        )
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, local_files_only=True
-        )
-    except Exception as error:  # each model's code fails in its own ways at a configuration that makes no sense
-        if "trust_remote_code" in str(error):
-            raise code_of_its_own(folder, config, "Transformers") from error
-        first_line = str(error).strip().partition("\n")[0].rstrip(".?") or type(error).__name__
-        raise ConfigError(
-            f"model.base: the model in {folder} does not load: {first_line:.500}. Take another copy."
-        ) from error
-
-
-def _add_lora(causal: Any, config: RunConfig) -> PeftModel:
-    """Freeze the base and give its linear modules an adapter; raises ConfigError when a target matches nothing."""
-    linear = {name: module for name, module in causal.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
-    chosen_modules(config.lora, {name: _highest_rank(module) for name, module in linear.items()})
-    targets = config.lora.targets if isinstance(config.lora.targets, str) else list(config.lora.targets)
-    peft_config = PeftLoraConfig(
-        task_type="CAUSAL_LM",
-        r=config.lora.rank,
-        lora_alpha=config.lora.alpha,
-        lora_dropout=config.lora.dropout,
-        target_modules=targets,
-    )
-    with warnings.catch_warnings():
-        # PEFT asks Transformers in ways that Transformers has begun to rename; users can do nothing about it.
-        warnings.simplefilter("ignore", FutureWarning)
-        model = get_peft_model(causal, peft_config)
-    assert isinstance(model, PeftModel)
-    return model
-
-
-def _highest_rank(linear: Any) -> int:
-    """That of a weight (outputs x inputs), whatever a quantized one is stored as."""
-    sizes = linear.weight.shape if isinstance(linear, Conv1D) else (linear.in_features, linear.out_features)
-    return int(min(sizes))
-
-
-def _checkpoint_activations(causal: Any) -> None:
-    """Keep no activations within layers; raises ConfigError when the model cannot do without them."""
-    try:
-        causal.activation_checkpointing_enable({"use_reentrant": False})
-    except ValueError as error:
-        raise ConfigError(f"training.gradient_checkpointing is true: {error} Set it to false.") from None
-    # Transformers makes the embeddings' output require a gradient, which re-entrant checkpointing needs: the backward
-    # pass would go on down to there at every step.
-    causal.disable_input_require_grads()

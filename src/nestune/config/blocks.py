@@ -74,10 +74,10 @@ class LoraConfig(Strict):
     rank: PositiveInt = Field(8, description="rank of A and B")
     alpha: PositiveFloat = Field(16.0, description="the adapter's effect is scaled by alpha / rank")
     dropout: Number = Field(0.0, ge=0, lt=1, description="probability of dropping an input of the adapter")
-    max_rank: PositiveInt = Field(
-        64,
-        description="rank of the saved adapter at most; a parent and what was learned upon it add up, and more is cut "
-        "down by a truncated SVD, whose effect on the scores the report shows",
+    max_rank: PositiveInt | None = Field(
+        None,
+        description="rank of the saved adapter at most, as a parent and what was learned upon it add up: more is cut "
+        "down by a truncated SVD, whose effect on the scores the report shows; none: 8 times lora.rank",
     )
     targets: Literal["all-linear"] | tuple[str, ...] = Field(
         "all-linear", description="names of the linear modules that get an adapter, or all-linear: all but the head"
@@ -85,8 +85,8 @@ class LoraConfig(Strict):
 
     @field_validator("max_rank")
     @classmethod
-    def _holds_the_rank(cls, max_rank: int, info: ValidationInfo) -> int:
-        if max_rank < info.data.get("rank", 0):
+    def _holds_the_rank(cls, max_rank: int | None, info: ValidationInfo) -> int | None:
+        if max_rank is not None and max_rank < info.data.get("rank", 0):
             raise ValueError(f"is less than lora.rank, {info.data['rank']}; raise it")
         return max_rank
 
@@ -97,6 +97,11 @@ class LoraConfig(Strict):
         if not names:
             raise ValueError("must name at least one module, e.g. [q_proj, v_proj], or be all-linear")
         return names
+
+    @property
+    def rank_limit(self) -> int:
+        """The rank of the saved adapter at most."""
+        return self.max_rank or 8 * self.rank
 
 
 class DataConfig(Strict):

@@ -51,12 +51,12 @@ def make_reference(backend: Backend, adapter: Path, positions: int | None) -> Re
 
     positions: the most tokens that the base reads. Raises ConfigError when the adapter does not fit.
     """
-    backend.load_adapter(None)
+    backend.show_adapter(None)
     vocabulary = backend.logits([0]).shape[-1]
     length = min(TOKENS, positions or TOKENS)
     rows = np.random.default_rng(0).integers(vocabulary, size=(ROWS, length)).tolist()
     untouched = _log_probabilities(backend.logits, rows)
-    backend.load_adapter(adapter)
+    backend.show_adapter(adapter)
     return Reference(rows, _log_probabilities(backend.logits, rows), untouched)
 
 

@@ -39,7 +39,7 @@ class ServedAdapter(PythonModel):  # type: ignore[misc]
         self._max_new_tokens = int(settings["max_new_tokens"])
         self._tokenizer = load_tokenizer(folder)
         self._backend = make_backend(config)
-        self._backend.load_adapter(Path(adapter))
+        self._backend.show_adapter(Path(adapter))
 
     def predict(self, context: Any, model_input: list[str]) -> list[str]:
         """The greedy answer to each prompt.

@@ -125,7 +125,7 @@ def _measure(inputs: TrainingInputs, backend: Backend, run: RunPaths) -> tuple[M
     names = {p.name for p in backend.lora_parameters()}
     if earlier is not None and earlier.measured_on == depends_on and earlier.importance.keys() == names:
         return earlier, True
-    backend.load_adapter(inputs.parent)
+    backend.begin(inputs.parent)
     settings = inputs.config.tiers.importance
     steps = islice(inputs.steps(), settings.steps)
     with ProgressBar(settings.steps, MEASURING) as bar:

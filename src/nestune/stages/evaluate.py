@@ -149,7 +149,7 @@ def _score_once(
     scored: dict[str | None, dict[str, Score]] = {}
     for model, folder in folders.items():
         if adapters[model] not in scored:
-            backend.load_adapter(folder)
+            backend.show_adapter(folder)
             scored[adapters[model]] = {
                 name: score(backend, rows, tokenizer, config.evaluation, stop) for name, rows in sets.items()
             }

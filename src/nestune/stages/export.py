@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from nestune.backends.adapter_config import read_adapter_config
 from nestune.backends.adapters import METADATA, weights_file
 from nestune.backends.factory import make_backend
 from nestune.base_model import resolve_base
@@ -90,7 +91,9 @@ def export(
         import_module("torch")  # before MLX, which would change its rounding: see nestune.backends.mlx_blas
     with tempfile.TemporaryDirectory() as scratch:
         reference = _refer(config, source, Path(scratch), base.positions)
-        job = Job(Path(scratch), base, config.lora, config.model.dtype, dequantize)
+        size = read_adapter_config(Path(scratch)).sizes[0]
+        lora = config.lora.model_copy(update={"rank": size.rank, "alpha": size.alpha})
+        job = Job(Path(scratch), base, lora, config.model.dtype, dequantize)
         with replaced_folder(folder) as unchecked:
             notes = FORMATS[to].write(job, unchecked)
             logits = FORMATS[to].load(job, unchecked)

@@ -140,7 +140,7 @@ def _train(
     backend = make_backend(config)
     made_from = tier_map_depends_on(config.tiers, inputs.importance_depends_on())
     tier_map = read_fitting_tier_map(run.tiers, backend.lora_parameters(), config.tiers, made_from)
-    backend.load_adapter(checkpoint.folder if checkpoint else inputs.parent)
+    backend.begin(inputs.parent, checkpoint.folder if checkpoint else None)
     backend.prepare_training(tier_map.tier_of)
     if checkpoint is not None:
         backend.restore_training(read_training_state(checkpoint.folder))

@@ -14,7 +14,7 @@ from small_bases import write_base
 from tests.contract.conftest import BASE, configuration, random_batch
 
 from nestune.backends.mlx_backend import MlxBackend, _arrays, _padded
-from nestune.backends.mlx_lora import LoraLinear, parameters_of
+from nestune.backends.mlx_lora import LoraLinear, LoraParts, parameters_of
 from nestune.config import LoraConfig
 from nestune.data.batches import Batch
 from nestune.errors import RunError
@@ -36,14 +36,15 @@ def lazy_step(backend: MlxBackend, due: set[int]) -> tuple[mx.array, dict[str, m
     """A step's loss and gradients, not computed yet."""
     assert backend._optimizer is not None
     needed = backend._optimizer.needs(frozenset(due))
-    arrays = _arrays(random_batch(1))
+    arrays = (*_arrays(random_batch(1)), *backend._said_by_teacher(random_batch(1)))
     backend._switch(training=True)
     differentiated = {name: backend._matrices[name] for name in needed}
     fixed = {name: matrix for name, matrix in backend._matrices.items() if name not in needed}
     step = backend._compile(needed, tuple(array.shape for array in arrays))
     mx.disable_compile()
     try:
-        return step(differentiated, fixed, mx.random.key(0), *arrays, mx.array(1.0))
+        losses, gradients = step(differentiated, fixed, mx.random.key(0), *arrays, mx.array(1.0), mx.array(1.0))
+        return losses[0], gradients
     finally:
         mx.enable_compile()
 
@@ -196,7 +197,7 @@ def test_an_update_that_does_not_reach_the_model_ends_training() -> None:
     backend = prepared()
     attention = backend._model.layers[3].self_attn
     # As if the model had replaced a module, or kept a copy of it.
-    attention.q_proj = LoraLinear(attention.q_proj.linear, LoraConfig())
+    attention.q_proj = LoraLinear(attention.q_proj.linear, LoraConfig(), LoraParts())
     backend.train_step([random_batch(1)], frozenset({0}), 1e-3)
     with pytest.raises(RunError, match=r"an update did not reach the model.*model\.backend: torch"):
         backend.train_step([random_batch(2)], frozenset({0, 1}), 1e-3)

@@ -105,9 +105,9 @@ def test_the_head_sees_supervised_positions_only() -> None:
 
 def test_without_the_short_cut_the_loss_is_the_same() -> None:
     backend, batch = prepared("drop"), random_batch(1)
-    assert backend._head_is_linear
+    assert backend._head is backend._causal.get_output_embeddings()
     short = backend.loss([batch]).nats
-    backend._head_is_linear = False
+    backend._states, backend._head = lambda **inputs: backend._causal(**inputs).logits, lambda logits: logits
     assert backend.loss([batch]).nats == pytest.approx(short, rel=1e-6)
 
 

@@ -8,8 +8,8 @@ from peft import LoraConfig, get_peft_model
 from tests.contract.conftest import configuration, random_batch
 from torch import Tensor, nn
 
-from nestune.backends.frozen_lora import shorten_frozen_forward
 from nestune.backends.torch_backend import TorchBackend
+from nestune.backends.torch_lora import control_lora
 from nestune.tiers.tier_map import assign_tiers
 
 
@@ -21,7 +21,7 @@ def module(bias: bool = True, dropout: float = 0.0, dtype: torch.dtype = torch.f
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             nn.init.normal_(parameter)
-    shorten_frozen_forward(model)
+    control_lora(model)
     return model.eval()
 
 

@@ -1,0 +1,116 @@
+"""What the LoRA modules of a PEFT model compute: W x, with a frozen parent's adapter, the trained one's, or both.
+
+    W x + s_p B_p A_p x + s B A x
+
+The parent is the teacher that training may hold the model to, and, under `retention.start: fresh`, what the trained
+adapter comes on top of; so no second copy of the base is needed. What autograd does not follow is computed in place:
+PEFT writes three matrices of the output's size on the way to W x + s B A x; here B adds its product to W x as it is
+made. Of the forward pass of such a layer that is some 5 %.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear, LoraLayer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ADAPTER = "default"
+# A, B and the scale of a frozen adapter in one module.
+Part = tuple[Tensor, Tensor, float]
+
+
+@dataclass
+class LoraParts:
+    """Which adapters a model computes with; all its modules look here. `parent`: of each module, by its path."""
+
+    own: bool = True
+    with_parent: bool = False
+    parent: dict[str, Part] = field(default_factory=dict)
+
+    @contextmanager
+    def shown(self, own: bool, with_parent: bool) -> Iterator[None]:
+        """Compute with these for a while."""
+        before = self.own, self.with_parent
+        self.own, self.with_parent = own, with_parent
+        try:
+            yield
+        finally:
+            self.own, self.with_parent = before
+
+
+def control_lora(model: nn.Module) -> LoraParts:
+    """Let the LoRA modules of a PEFT model with one adapter compute with the parts that are told."""
+    parts = LoraParts()
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            path = name.removeprefix("base_model.model.")
+            module.forward = partial(_forward, module, path, parts, module.forward)
+    return parts
+
+
+def squared_change(own: Mapping[str, Tensor], paths: Mapping[str, str], parts: LoraParts, scale: float) -> Tensor:
+    """The squared Frobenius norm of what training has changed of all weights against the parent; a scalar.
+
+    own: canonical name -> A (rank, inputs) or B (outputs, rank); paths: canonical name -> path of its module. The
+    change is s B A, less s_p B_p A_p where the trained matrices take the parent's place. It is never formed:
+    |B A|^2 = sum of (B^T B) * (A A^T), element by element.
+    """
+    total = torch.zeros((), device=next(iter(own.values())).device)
+    for name, a in own.items():
+        if not name.endswith("lora_a"):
+            continue
+        b, parent = scale * own[name[:-1] + "b"], parts.parent.get(paths[name])
+        if parent is not None and not parts.with_parent:
+            a, b = torch.cat([a, parent[0]]), torch.cat([b, -parent[2] * parent[1]], dim=1)
+        total = total + ((b.T @ b) * (a @ a.T)).sum()
+    return total
+
+
+def _forward(
+    module: Any, path: str, parts: LoraParts, as_peft: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """(..., inputs) -> (..., outputs)."""
+    base = module.get_base_layer()
+    parent = parts.parent.get(path) if parts.with_parent else None
+    followed = torch.is_grad_enabled() and (x.requires_grad or (parts.own and _is_trained(module)))
+    if not parts.own:
+        output: Tensor = base(x)
+    elif followed or args or kwargs or not _goes_short(module, base, x):
+        output = as_peft(x, *args, **kwargs)
+    else:
+        a, b = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
+        output = _add(base(x), x, (a, b, module.scaling[ADAPTER]))
+    if parent is None:
+        return output
+    if not followed and output.dtype == x.dtype == parent[0].dtype and not torch.is_autocast_enabled(x.device.type):
+        return _add(output, x, parent)
+    a, b, scale = parent
+    return output + (scale * F.linear(F.linear(x.to(a.dtype), a), b)).to(output.dtype)
+
+
+def _is_trained(module: Any) -> bool:
+    return bool(module.lora_A[ADAPTER].weight.requires_grad or module.lora_B[ADAPTER].weight.requires_grad)
+
+
+def _goes_short(module: Any, base: Any, x: Tensor) -> bool:
+    """Whether W x + s B A x may be computed in place, to the same values."""
+    drops = module.training and not isinstance(module.lora_dropout[ADAPTER], nn.Identity)
+    mixed = torch.is_autocast_enabled(x.device.type)
+    return (
+        type(module) is Linear
+        and not (drops or mixed or module.merged or module.disable_adapters)
+        and x.dtype == module.lora_A[ADAPTER].weight.dtype == base.weight.dtype
+    )
+
+
+def _add(output: Tensor, x: Tensor, part: Part) -> Tensor:
+    """Add s B A x to the output, in place."""
+    a, b, scale = part
+    inner = F.linear(x, a)
+    output.view(-1, len(b)).addmm_(inner.view(-1, len(a)), b.T, alpha=scale)
+    return output
