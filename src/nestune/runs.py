@@ -56,6 +56,11 @@ class RunPaths:
         return self.root / "importance.png"
 
     @property
+    def texts(self) -> Path:
+        """What the teacher has written, where it has."""
+        return self.root / "texts.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 

@@ -77,7 +77,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     try:
-        _start_tokens(tokenizer)
+        start_tokens(tokenizer)
     except (TypeError, ValueError, OverflowError) as error:
         said = f"the tokenizer in {folder} does not work: {error!s:.200}"
         raise ConfigError(f"model.base: {said}. {remedy}") from error
@@ -117,7 +117,7 @@ def encode_all(
 
     Raises ConfigError also where the tokenizer writes a token beyond the base's `vocabulary`.
     """
-    start = _start_tokens(tokenizer)
+    start = start_tokens(tokenizer)
     drafts = (record if isinstance(record, Fault) else _draft(record, tokenizer) for record in records)
     for chunk in _chunks(drafts):
         good = [draft for draft in chunk if isinstance(draft, _Draft)]
@@ -342,7 +342,7 @@ def _tokenize(texts: Sequence[str], tokenizer: Tokenizer, with_offsets: bool = F
     )
 
 
-def _start_tokens(tokenizer: Tokenizer) -> list[int]:
+def start_tokens(tokenizer: Tokenizer) -> list[int]:
     """The special tokens that the tokenizer writes before a text by default, such as a begin token."""
     encoded = tokenizer("a", return_special_tokens_mask=True)
     if 0 not in encoded["special_tokens_mask"]:

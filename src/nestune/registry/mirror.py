@@ -29,7 +29,8 @@ class StepMetrics:
 def metrics_of_step(line: Mapping[str, Any]) -> dict[str, float]:
     """MLflow's metrics of a line of the training metrics."""
     counts = {f"updates/tier_{tier}": count for tier, count in enumerate(line["update_counts"])}
-    return {f"train/{key}": line[key] for key in ("loss", "learning_rate", "grad_norm", "tokens_per_s")} | counts
+    values = ("loss", "kl", "learning_rate", "grad_norm", "tokens_per_s")
+    return {f"train/{key}": line[key] for key in values if key in line} | counts
 
 
 def metrics_of_validation(line: Mapping[str, Any]) -> dict[str, float]:

@@ -16,6 +16,7 @@ from nestune.errors import RunError
 from nestune.files import write_bytes
 from nestune.runs import RunPaths, record_stage
 from nestune.stages.inputs import TrainingInputs, full_keys, read_training_inputs, tier_map_depends_on
+from nestune.stages.texts import with_texts
 from nestune.tiers.importance import Importance, Measured, check_importance, read_importance, write_importance
 from nestune.tiers.importance_picture import plot_importance
 from nestune.tiers.parameters import split_name
@@ -125,6 +126,7 @@ def _measure(inputs: TrainingInputs, backend: Backend, run: RunPaths) -> tuple[M
     names = {p.name for p in backend.lora_parameters()}
     if earlier is not None and earlier.measured_on == depends_on and earlier.importance.keys() == names:
         return earlier, True
+    inputs = with_texts(inputs, backend)
     backend.begin(inputs.parent)
     settings = inputs.config.tiers.importance
     steps = islice(inputs.steps(), settings.steps)

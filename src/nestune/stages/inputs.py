@@ -15,14 +15,15 @@ from nestune.data.tokens import Row, load_tokenizer, pad_id_of, tokenizer_files
 from nestune.files import sha256_file, sha256_files
 from nestune.registry.versions import resolve_adapter
 from nestune.runs import RunPaths
+from nestune.training.self_written import SelfWritten
 
 
 @dataclass(frozen=True)
 class TrainingInputs:
     """What a run is trained on.
 
-    The base, the validated dataset, the token that pads, the parent adapter's folder (None: there is none), and the
-    texts on which the model is held to its teacher.
+    The base, the validated dataset, the token that pads, and the parent adapter's folder (None: there is none). Where
+    the teacher has written texts: those that the model is held on, those that only measure, and how they came about.
     """
 
     config: RunConfig
@@ -31,6 +32,8 @@ class TrainingInputs:
     pad_id: int
     parent: Path | None
     texts: tuple[Row, ...] = ()
+    measuring: tuple[Row, ...] = ()
+    written: SelfWritten | None = None
 
     def steps(self, after: int = 0) -> Iterator[list[Batch]]:
         """The micro-batches of one training step after another, without end, from the step after `after` on.
@@ -52,7 +55,8 @@ class TrainingInputs:
 
         What the pass itself is set to has the name of its field; the rest, that of its key in the configuration.
         """
-        importance, training, replay = self.config.tiers.importance, self.config.training, self.config.retention.replay
+        importance, training = self.config.tiers.importance, self.config.training
+        replay, kl = self.config.retention.replay, self.config.retention.kl
         of_training = {"batch_size", "gradient_accumulation_steps", "seed", "precision"}
         return {
             "measure": importance.measure,
@@ -64,7 +68,9 @@ class TrainingInputs:
             "lora": self.config.lora.model_dump(mode="json"),
             "model.dtype": self.config.model.dtype,
             "data.max_seq_length": self.base.row_limit(self.config.data.max_seq_length),
-            "retention.replay.rows_per_step": replay.rows_per_step if replay.files else 0,
+            "retention.replay": replay.model_dump(mode="json") if replay.is_on else None,
+            "retention.kl": kl.model_dump(mode="json") if kl is not None and kl.weight else None,
+            "retention.l2": self.config.retention.l2,
             **{f"training.{key}": value for key, value in training.model_dump(include=of_training).items()},
             "version of nestune": version("nestune"),
         }

@@ -21,6 +21,7 @@ from nestune.registry.tracking_note import keep_untold, read_note
 from nestune.registry.versions import fitting_champion, resolve_adapter
 from nestune.runs import RunPaths, record_stage
 from nestune.stages.inputs import TrainingInputs, read_training_inputs, tier_map_depends_on
+from nestune.stages.texts import with_texts, write_texts_report
 from nestune.stopping import StopRequests, signals_stop
 from nestune.tiers.schedule import TierSchedule
 from nestune.tiers.tier_map import read_fitting_tier_map
@@ -32,8 +33,6 @@ from nestune.training.progress import ProgressBar
 from nestune.training.recorder import Listener, Recorder
 from nestune.training.replacement import forget_replaced, in_place_of_earlier
 from nestune.training.start import has_ended, starting_point
-
-log = logging.getLogger(__name__)
 
 log = logging.getLogger(__name__)
 
@@ -140,6 +139,7 @@ def _train(
     backend = make_backend(config)
     made_from = tier_map_depends_on(config.tiers, inputs.importance_depends_on())
     tier_map = read_fitting_tier_map(run.tiers, backend.lora_parameters(), config.tiers, made_from)
+    inputs = with_texts(inputs, backend, stop)
     backend.begin(inputs.parent, checkpoint.folder if checkpoint else None)
     backend.prepare_training(tier_map.tier_of)
     if checkpoint is not None:
@@ -154,6 +154,7 @@ def _train(
         "tier_map_sha256": tier_map.sha256,
     }
     write_text(run.config, dump_config(config))
+    write_texts_report(inputs, run)
     if checkpoint is None:
         _end_earlier_tracking(run)
     with (
@@ -182,7 +183,7 @@ def _train(
 
 
 def _record(run: RunPaths) -> None:
-    record_stage(run, "train", [run.config, run.dataset, run.tiers], [run.checkpoints, run.metrics])
+    record_stage(run, "train", [run.config, run.dataset, run.tiers], [run.checkpoints, run.metrics, run.texts])
 
 
 def _end_earlier_tracking(run: RunPaths) -> None:

@@ -23,7 +23,10 @@ class Listener(Protocol):
     """Hears of every step and validation while training runs; both are the lines of the metrics files."""
 
     def on_step(self, line: dict[str, Any]) -> None:
-        """Hear of a step: step, loss, tokens, tokens_per_s, learning_rate, grad_norm, due, update_counts, time, ..."""
+        """Hear of a step: step, loss, tokens, tokens_per_s, learning_rate, grad_norm, due, update_counts, time, ...
+
+        And `kl`, where the model was held to its teacher.
+        """
         ...
 
     def on_validation(self, line: dict[str, Any]) -> None:
@@ -71,6 +74,7 @@ class Recorder:
             "step": step,
             "loss": result.loss,
             "tokens": result.tokens,
+            **({} if result.kl is None else {"kl": result.kl}),
             "learning_rate": learning_rate,
             "grad_norm": result.grad_norm,
             "step_time_s": seconds,
