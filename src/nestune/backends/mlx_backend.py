@@ -271,7 +271,8 @@ class MlxBackend:
                 for module, own in zip(self._modules, mx.random.split(key, len(self._modules)), strict=True):
                     module.drop_by(own)
             states = self._states(batch[0])
-            cross_entropy = self._cross_entropy(states, *batch[1:]) / tokens
+            # A micro-batch may hold the model to its teacher and teach it nothing.
+            cross_entropy = self._cross_entropy(states, *batch[1:]) / tokens if len(batch[1]) else mx.zeros(())
             if not len(held):
                 return cross_entropy, cross_entropy, mx.zeros(())
             divergence = head_divergence(states[held], said, held_weights, self._head, self._positions_at_once)

@@ -1,7 +1,6 @@
 """What an MLX model writes, greedily or drawn, for several prompts at once where the model can."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -41,7 +40,7 @@ def generate(
 
 def _drawing(temperature: float, seed: int) -> Sampler:
     """Draws tokens (B,) from log-probabilities (B, V), by a key of its own at every call."""
-    keys = iter(partial(_next_key, [mx.random.key(seed)]), None)
+    keys = _keys(seed)
 
     def draw(log_probabilities: mx.array) -> mx.array:
         return mx.random.categorical(log_probabilities * (1 / temperature), key=next(keys))
@@ -49,9 +48,11 @@ def _drawing(temperature: float, seed: int) -> Sampler:
     return draw
 
 
-def _next_key(state: list[mx.array]) -> mx.array:
-    state[0], key = mx.random.split(state[0])
-    return key
+def _keys(seed: int) -> Iterator[mx.array]:
+    state = mx.random.key(seed)
+    while True:
+        state, key = mx.random.split(state)
+        yield key
 
 
 def answers_together(model: nn.Module) -> bool:
