@@ -46,9 +46,9 @@ class Counting:
         self.lora_parameters, self.prepare_training = backend.lora_parameters, backend.prepare_training
         self.train_step, self.weights = backend.train_step, backend.weights
 
-    def load_adapter(self, folder: Path | None) -> None:
+    def show_adapter(self, folder: Path | None) -> None:
         self.loaded.append(folder)
-        self._backend.load_adapter(folder)
+        self._backend.show_adapter(folder)
 
 
 def write_rows(path: Path, rows: list[dict[str, str]]) -> str:
