@@ -19,6 +19,7 @@ from killable import Operation, Order
 from nestune.files import sha256_file
 from nestune.run_state import read_state
 from nestune.runs import RunPaths
+from nestune.stages.candidate import STRENGTH
 
 ROOT = Path(__file__).resolve().parents[1]
 PREPARED, REFERENCE = "prepared", "reference"
@@ -250,12 +251,14 @@ def metrics_lines(path: Path, without: Sequence[str] = CLOCKS) -> list[dict[str,
 
 def _weights_and_states(run: Path) -> dict[str, str]:
     files = [path for file in WEIGHTS_AND_STATE for path in (run / "checkpoints").glob(f"[!.]*/{file}")]
+    files += [path for path in (run / "candidate").rglob("*") if path.name in (*WEIGHTS_AND_STATE, STRENGTH)]
     return {f"{path.parent.name}/{path.name}": sha256_file(path) for path in files}
 
 
 def _manifest_faults(run: Path) -> list[str]:
     """Where the manifest does not tell of what training has left."""
     told = json.loads((run / "manifest.json").read_text()).get("train", {"outputs": {}})["outputs"]
-    files = [path for folder in ("checkpoints", "metrics") for path in (run / folder).rglob("*") if path.is_file()]
+    folders = [run / name for name in ("checkpoints", "metrics", "candidate")]
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     left = {f"runs/{run.name}/{path.relative_to(run).as_posix()}": sha256_file(path) for path in files}
     return [] if told == left else ["manifest.json tells otherwise than the files"]

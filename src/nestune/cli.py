@@ -103,7 +103,9 @@ def add_run_options(parser: argparse.ArgumentParser, trains: bool) -> None:
 def _add_export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", required=True, choices=FORMATS, help="what the adapter becomes")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--checkpoint", choices=("best", "final"), help="by default the one that is evaluated")
+    which.add_argument(
+        "--checkpoint", choices=("best", "final"), help="in place of the candidate, which is made of one"
+    )
     which.add_argument("--adapter", metavar="ADAPTER", help="another one: a folder, or models:/<name>@<alias>")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="by default runs/<name>/export/<to>")
     parser.add_argument("--force", action="store_true", help="replace an earlier export there")

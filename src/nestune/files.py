@@ -115,8 +115,8 @@ def tidy(folder: Path) -> None:
 
 
 def seal(folder: Path) -> None:
-    """Note the SHA-256 of every file of a folder beside them, so that a change is noticed."""
-    hashes = {path.name: sha256_file(path) for path in sorted(folder.iterdir())}
+    """Note the SHA-256 of every file of a folder beside them, so that a change is noticed; folders in it count not."""
+    hashes = {path.name: sha256_file(path) for path in sorted(folder.iterdir()) if path.is_file()}
     write_json(folder / SEAL, {"files": hashes})
 
 

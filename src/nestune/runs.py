@@ -65,6 +65,11 @@ class RunPaths:
         return self.root / "checkpoints"
 
     @property
+    def candidate(self) -> Path:
+        """The adapter that is evaluated and registered, made of a checkpoint at the end of training."""
+        return self.root / "candidate"
+
+    @property
     def metrics(self) -> Path:
         return self.root / "metrics"
 

@@ -50,16 +50,16 @@ def qwen2(**changes: Any) -> Any:
 
 
 def train(folder: Path, base: Path, backend: str = "torch", learning_rate: float = 5e-3) -> tuple[RunConfig, RunPaths]:
-    """Train an adapter on a base for some steps, and leave it in the run's folder as the best checkpoint."""
+    """Train an adapter on a base for some steps, and leave it in the run's folder as its candidate."""
     config = configuration(backend, base=base, lora=LORA)
     model = make_backend(config)
     model.prepare_training(tier_map_for(model, config.tiers).tier_of)
     for step in range(1, 5):
         model.train_step([random_batch(step)], frozenset({0, 1, 2}), learning_rate)
     run = RunPaths(folder / "runs" / config.name)
-    checkpoint = run.checkpoints / "best"
-    checkpoint.mkdir(parents=True)
-    model.save_adapter(checkpoint)
+    candidate = run.candidate
+    candidate.mkdir(parents=True)
+    model.save_adapter(candidate)
     of_base = {"reference": str(base), "revision": None, "sha256": resolve_base(config.model).sha256}
-    write_json(checkpoint / METADATA, {"step": 4, "base": of_base})
+    write_json(candidate / METADATA, {"step": 4, "base": of_base})
     return config, run

@@ -56,7 +56,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def job_of(config: RunConfig, run: RunPaths) -> Job:
-    return Job(run.checkpoints / "best", resolve_base(config.model), config.lora)
+    return Job(run.candidate, resolve_base(config.model), config.lora)
 
 
 def with_dtype(config: RunConfig, dtype: str) -> RunConfig:
@@ -85,7 +85,7 @@ def test_an_adapter_alone_has_the_files_and_keys_of_its_library_only(base: Path,
     pytest.importorskip("mlx_lm")
     config, run = train(tmp_path, base)
     peft, mlx = (Path(export(config, run, to).folder) for to in ("peft", "mlx"))
-    trained = run.checkpoints / "best"
+    trained = run.candidate
     assert {path.name for path in peft.iterdir()} == {WEIGHTS, CONFIG, METADATA}
     assert {path.name for path in mlx.iterdir()} == {MLX_WEIGHTS, CONFIG, METADATA}
     assert (peft / WEIGHTS).read_bytes() == (trained / WEIGHTS).read_bytes()
@@ -101,7 +101,7 @@ def test_an_adapter_alone_is_a_parent_for_nestune_and_bound_to_its_base(to: str,
     config, run = train(tmp_path, base)
     folder = Path(export(config, run, to).folder)
     backend = make_backend(config)
-    backend.load_adapter(run.checkpoints / "best")
+    backend.load_adapter(run.candidate)
     trained = backend.weights()
     backend.load_adapter(folder)
     assert all(np.array_equal(values, trained[name]) for name, values in backend.weights().items())
@@ -112,7 +112,7 @@ def test_an_adapter_alone_is_a_parent_for_nestune_and_bound_to_its_base(to: str,
 def test_merged_weights_are_w_plus_alpha_over_rank_b_a_and_the_rest_is_the_base(base: Path, tmp_path: Path) -> None:
     config, run = train(tmp_path, base)
     merged, untouched = tensors_of(Path(export(config, run, "merged").folder)), tensors_of(base)
-    adapter = load_file(run.checkpoints / "best" / WEIGHTS)
+    adapter = load_file(run.candidate / WEIGHTS)
     kept = {name: weight.double().numpy() for name, weight in untouched.items()}
     expected = dict(kept)
     for key in (key for key in adapter if "lora_A" in key):
@@ -224,8 +224,8 @@ def test_an_export_is_replaced_only_when_asked_and_only_by_an_export(base: Path,
     export(config, run, "peft", force=True)
     assert not (first / "mark").exists()
     with pytest.raises(ConfigError, match="is no export of nestune"):
-        export(config, run, "peft", out=run.checkpoints / "best", force=True)
-    assert (run.checkpoints / "best" / WEIGHTS).exists()
+        export(config, run, "peft", out=run.candidate, force=True)
+    assert (run.candidate / WEIGHTS).exists()
 
 
 def test_an_export_is_recorded_with_the_run_and_says_what_it_was_made_of(base: Path, tmp_path: Path) -> None:
@@ -233,17 +233,17 @@ def test_an_export_is_recorded_with_the_run_and_says_what_it_was_made_of(base: P
     folder = Path(export(config, run, "peft").folder)
     recorded = read_json(run.manifest, "")["export peft"]
     assert (folder / WEIGHTS).as_posix() in recorded["outputs"]
-    assert (run.checkpoints / "best" / WEIGHTS).as_posix() in recorded["inputs"]
+    assert (run.candidate / WEIGHTS).as_posix() in recorded["inputs"]
     metadata = read_json(folder / METADATA, "")
-    assert metadata["adapter"]["source"] == (run.checkpoints / "best").as_posix()
-    assert metadata["adapter"]["sha256"] == recorded["inputs"][(run.checkpoints / "best" / WEIGHTS).as_posix()]
+    assert metadata["adapter"]["source"] == (run.candidate).as_posix()
+    assert metadata["adapter"]["sha256"] == recorded["inputs"][(run.candidate / WEIGHTS).as_posix()]
     assert metadata["base"]["sha256"] == resolve_base(config.model).sha256
     assert metadata["lora"] == {"rank": 4, "alpha": 12}
 
 
 def test_any_adapter_of_the_base_is_exported_to_where_it_is_told(base: Path, tmp_path: Path) -> None:
     config, run = train(tmp_path, base)
-    adapter = shutil.copytree(run.checkpoints / "best", tmp_path / "elsewhere")
+    adapter = shutil.copytree(run.candidate, tmp_path / "elsewhere")
     shutil.rmtree(run.root)
     with pytest.raises(RunError, match="Run nestune train"):
         export(config, run, "peft")

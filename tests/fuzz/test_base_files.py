@@ -283,14 +283,14 @@ def small(base: Path) -> Path:
 
 
 def test_tokens_that_the_model_does_not_know_are_refused_when_data_is_read(small: Path, tmp_path: Path) -> None:
-    from nestune.config import DataConfig, ReplayConfig
+    from nestune.config import DataConfig, RetentionConfig
     from nestune.data.validation import build_dataset
 
     train = tmp_path / "train.jsonl"
     train.write_text("".join(json.dumps({"text": f"the sea is blue {number}"}) + "\n" for number in range(4)))
     data, resolved = DataConfig.model_validate({"train": str(train)}), resolve_base(ModelConfig(base=str(small)))
     with pytest.raises(ConfigError, match=r"as token \d+, and the model knows 40 tokens \(vocab_size\)\. Take a copy"):
-        build_dataset(data, ReplayConfig(), load_tokenizer(small), tmp_path / "dataset", resolved.vocabulary)
+        build_dataset(data, RetentionConfig(), load_tokenizer(small), tmp_path / "dataset", resolved.vocabulary)
     assert not (tmp_path / "dataset").exists()
 
 

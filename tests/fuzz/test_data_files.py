@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 
 from nestune.cli import main
-from nestune.config import DataConfig, ReplayConfig
+from nestune.config import DataConfig, RetentionConfig
 from nestune.data.dataset import Dataset, load_dataset
 from nestune.data.find_files import find_files
 from nestune.data.records import FORMATS, Record, read_records
@@ -108,7 +108,7 @@ def build(folder: Path, *files: Path, on_invalid: str = "quarantine") -> Any:
     """The report, or the text of the error."""
     data = DataConfig.model_validate({"train": [str(file) for file in files], "valid": 0.3, "on_invalid": on_invalid})
     tokenizer = load_tokenizer(ROOT / "demo" / "base")
-    return outcome(lambda: build_dataset(data, ReplayConfig(), tokenizer, folder / "dataset"))
+    return outcome(lambda: build_dataset(data, RetentionConfig(), tokenizer, folder / "dataset"))
 
 
 def test_a_dataset_is_built_from_what_is_good_beside_them_or_refused(tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def load(dataset: Path) -> Dataset | str:
     train = str(dataset.parent / "train.jsonl")
     data = DataConfig.model_validate({"train": train, "valid": 0.3, "on_invalid": "quarantine"})
     tokenizer = load_tokenizer(ROOT / "demo" / "base")
-    return outcome(lambda: load_dataset(data, ReplayConfig(), tokenizer, 64, dataset))
+    return outcome(lambda: load_dataset(data, RetentionConfig(), tokenizer, 64, dataset))
 
 
 def test_a_report_cannot_name_files_outside_its_folder(dataset: Path) -> None:

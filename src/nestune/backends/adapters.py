@@ -70,6 +70,21 @@ def write_adapter(
     write_json(folder / CONFIG, make_adapter_config(paths, layers, lora, base))
 
 
+def write_adapter_like(folder: Path, like: Path, adapter: Adapter, lora: LoraConfig, base: BaseModel) -> None:
+    """Write an adapter of any rank into an existing folder, for the modules that another one adapts.
+
+    like: the folder of that one, as `write_adapter` left it.
+    """
+    modules = {}
+    for key, shape in read_shapes([like / WEIGHTS]).items():
+        matrix = parse_parameter(key, shape)
+        if matrix is not None:
+            modules[matrix.name] = key.removeprefix("base_model.model.").rpartition(".lora_")[0]
+    layers = int(parse_json(read_bounded(like / CONFIG), any_number=True)["num_layers"])
+    size = lora.model_copy(update={"rank": adapter.rank, "alpha": adapter.alpha})
+    write_adapter(folder, adapter.weights, modules, layers, size, base)
+
+
 def read_adapter(
     folder: Path, expected: Sequence[LoraParameter], lora: LoraConfig, base: BaseModel
 ) -> dict[str, NDArray[Any]]:

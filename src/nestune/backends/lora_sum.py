@@ -63,6 +63,17 @@ def weighted_sum(parts: Sequence[tuple[Adapter, float]], scale: float) -> Adapte
     return Adapter(weights, scale)
 
 
+def split(adapter: Adapter, last: int) -> tuple[Adapter, Adapter]:
+    """The adapters of all ranks but the last ones, and of those: their sum is the whole, to the bit."""
+    first: dict[str, NDArray[Any]] = {}
+    rest: dict[str, NDArray[Any]] = {}
+    for name, values in adapter.weights.items():
+        first[name], rest[name] = (
+            (values[:-last], values[-last:]) if name.endswith("_a") else (values[:, :-last], values[:, -last:])
+        )
+    return Adapter(first, adapter.scale), Adapter(rest, adapter.scale)
+
+
 def compress(adapter: Adapter, max_rank: int) -> Adapter:
     """The adapter of rank `max_rank` whose effect is nearest in the Frobenius norm; itself when it has no more.
 

@@ -8,7 +8,7 @@ from typing import Any
 import pydantic
 from pydantic import ConfigDict, ValidationError
 
-from nestune.config import DataConfig, ReplayConfig
+from nestune.config import DataConfig, RetentionConfig
 from nestune.config.faults import explain
 from nestune.data.records import read_records
 from nestune.data.report import set_names, settings_of
@@ -21,8 +21,9 @@ REMEDY = "Run nestune validate again."
 
 @dataclass(frozen=True)
 class Dataset:
-    """The rows of a run: what is trained on, validated with, measured for retention (by name), and replayed.
+    """The rows of a run: what is trained on, validated with, scored, measured for retention (by name), and replayed.
 
+    `scored` are the rows of the new task that have chosen nothing: `test`, where there is such a set, else `valid`.
     `sha256` is the hash of them all. A set is read when it is first asked for, as rows of at most `max_length` tokens;
     that raises RunError when it does not suit the tokenizer, ConfigError when its tokens are not all among the
     base's `vocabulary`.
@@ -42,6 +43,10 @@ class Dataset:
     @cached_property
     def valid(self) -> list[Row]:
         return self._rows("valid")
+
+    @cached_property
+    def scored(self) -> list[Row]:
+        return self._rows("test") if "test" in self.sets else self.valid
 
     @cached_property
     def retention(self) -> dict[str, list[Row]]:
@@ -65,7 +70,7 @@ class Dataset:
 
 def load_dataset(
     data: DataConfig,
-    replay: ReplayConfig,
+    retention: RetentionConfig,
     tokenizer: Tokenizer,
     max_length: int,
     folder: Path,
@@ -81,12 +86,12 @@ def load_dataset(
         report = _Report.model_validate(read_json(written, remedy, keys=["settings", "outputs", "sets", "sha256"]))
     except ValidationError as error:
         raise RunError(f"{written} is no report of a dataset: {explain(error, _Report)[0]} {REMEDY}") from None
-    asked = settings_of(data, replay)
+    asked = settings_of(data, retention)
     differing = [key for key in asked if report.settings.get(key) != asked[key]]
     if differing:
         raise RunError(f"{folder} was made with other settings ({', '.join(differing)} differ). {REMEDY}")
     # Which files are read is not for a file to say: it follows from the settings.
-    names = set_names(data, replay)
+    names = set_names(data, retention)
     if set(report.sets) != set(names) or set(report.outputs) != {f"{name}.jsonl" for name in names}:
         raise RunError(f"{written} names other sets than its settings make. {REMEDY}")
     changed = [name for name, sha256 in report.outputs.items() if _hash(folder / name) != sha256]

@@ -41,6 +41,10 @@ class Profile:
         self._digests += digest
         return len(self) - 1
 
+    def set_of(self, index: int) -> str:
+        """The set that a record is in."""
+        return self._names[self._set[index]]
+
     def move(self, index: int, set_name: str) -> None:
         """Put a record into another set."""
         self._set[index] = self._number(set_name)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from nestune.config import DataConfig, ReplayConfig
+from nestune.config import DataConfig, RetentionConfig
 from nestune.errors import Fault
 
 if TYPE_CHECKING:
@@ -61,17 +61,24 @@ class DatasetReport:
         return asdict(self)
 
 
-def settings_of(data: DataConfig, replay: ReplayConfig) -> dict[str, Any]:
+def settings_of(data: DataConfig, retention: RetentionConfig) -> dict[str, Any]:
     """What of a configuration decides which records a dataset holds."""
-    return data.model_dump(mode="json", include={"train", "valid", "retention", "allow_duplicates"}) | {
-        "replay": list(replay.files)
+    return data.model_dump(mode="json", include={"train", "valid", "test", "retention", "allow_duplicates"}) | {
+        "replay": list(retention.replay.files),
+        "valid_is_halved": valid_is_halved(data, retention),
     }
 
 
-def set_names(data: DataConfig, replay: ReplayConfig) -> list[str]:
+def valid_is_halved(data: DataConfig, retention: RetentionConfig) -> bool:
+    """Whether one half of `valid` becomes `test`, as no strength may be scored on the rows that chose it."""
+    return retention.strength is not None and not data.test
+
+
+def set_names(data: DataConfig, retention: RetentionConfig) -> list[str]:
     """The sets that a dataset of these settings has."""
-    replayed = [f"replay/{number}" for number in range(len(replay.files))]
-    return ["train", "valid", *replayed, *(f"retention/{name}" for name in data.retention)]
+    test = ["test"] if data.test or valid_is_halved(data, retention) else []
+    replayed = [f"replay/{number}" for number in range(len(retention.replay.files))]
+    return ["train", "valid", *test, *replayed, *(f"retention/{name}" for name in data.retention)]
 
 
 def report_set(

@@ -7,14 +7,22 @@ from collections import ChainMap, Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from nestune.config import DataConfig, ReplayConfig
+from nestune.config import DataConfig, RetentionConfig
 from nestune.data.expectations import check_profile
 from nestune.data.find_files import find_files
 from nestune.data.profile import Profile
 from nestune.data.records import Record, read_lines, read_records
-from nestune.data.report import DatasetReport, SetReport, rejected_lines, report_set, settings_of
+from nestune.data.report import (
+    DatasetReport,
+    SetReport,
+    rejected_lines,
+    report_set,
+    set_names,
+    settings_of,
+    valid_is_halved,
+)
 from nestune.data.tokens import Tokenizer, encode_all, marked_text
 from nestune.errors import DataError, Fault
 from nestune.files import replaced_folder, sha256_file, sha256_files, write_json
@@ -26,7 +34,7 @@ RAW_BYTES_OF_A_REJECTED_LINE = 2000
 
 
 def build_dataset(
-    data: DataConfig, replay: ReplayConfig, tokenizer: Tokenizer, folder: Path, vocabulary: int | None = None
+    data: DataConfig, retention: RetentionConfig, tokenizer: Tokenizer, folder: Path, vocabulary: int | None = None
 ) -> DatasetReport:
     """Write the files of a dataset, its report and Data Docs into `folder`, which appears whole or not at all.
 
@@ -35,21 +43,24 @@ def build_dataset(
     beyond the base's `vocabulary`.
     """
     with replaced_folder(folder) as new:
-        builder = _Builder(data, settings_of(data, replay), tokenizer, vocabulary, new)
+        builder = _Builder(data, retention, tokenizer, vocabulary, new)
         train = builder.read("train", find_files(data.train), trained={})
         replayed = [
             builder.read(f"replay/{number}", find_files([entry]), trained={})
-            for number, entry in enumerate(replay.files)
+            for number, entry in enumerate(retention.replay.files)
         ]
         # What is trained on says nothing when it is measured on.
         trained = ChainMap(train, *replayed)
-        if not isinstance(data.valid, float):
-            builder.read("valid", find_files(data.valid), trained)
+        valid = {} if isinstance(data.valid, float) else builder.read("valid", find_files(data.valid), trained)
+        if data.test:
+            builder.read("test", find_files(data.test), ChainMap(valid, *trained.maps))
         for name, paths in data.retention.items():
             builder.read(f"retention/{name}", find_files(paths), trained)
         builder.reject_faults()
         if isinstance(data.valid, float):
             builder.hold_out(data.valid, never=ChainMap(*replayed))
+        if valid_is_halved(data, retention):
+            builder.move("valid", "test", choose_half(builder.digests_of("valid")))
         return builder.report()
 
 
@@ -57,9 +68,9 @@ class _Builder:
     """The sets of a dataset as far as they are read: their files in `folder`, profile, faults and tallies."""
 
     def __init__(
-        self, data: DataConfig, settings: dict[str, Any], tokenizer: Tokenizer, vocabulary: int | None, folder: Path
+        self, data: DataConfig, retention: RetentionConfig, tokenizer: Tokenizer, vocabulary: int | None, folder: Path
     ) -> None:
-        self.data, self.settings, self.tokenizer, self.folder = data, settings, tokenizer, folder
+        self.data, self.retention, self.tokenizer, self.folder = data, retention, tokenizer, folder
         self.vocabulary = vocabulary
         self.profile = Profile()
         self.sources: dict[str, list[Path]] = {}
@@ -124,26 +135,33 @@ class _Builder:
 
     def hold_out(self, fraction: float, never: Container[bytes]) -> None:
         """Move a fraction of train to valid, at least one record, but none that is in `never`."""
-        numbers = self.profile.rows_of("train").tolist()
-        digests = [self.profile.digest(number) for number in numbers]
-        held_out = choose_held_out(digests, fraction, never)
+        self.move("train", "valid", choose_held_out(self.digests_of("train"), fraction, never))
+
+    def digests_of(self, name: str) -> list[bytes]:
+        """What each record of a set holds, in the order of its file."""
+        return [self.profile.digest(number) for number in self.profile.rows_of(name)]
+
+    def move(self, name: str, to: str, chosen: Container[bytes]) -> None:
+        """Make a new set of those records of another one that have these digests."""
+        numbers = self.profile.rows_of(name).tolist()
         everything = self.folder / "everything.jsonl"
-        self._file_of("train").rename(everything)
+        self._file_of(name).rename(everything)
         with (
             everything.open("rb") as lines,
-            self._file_of("train").open("wb") as train,
-            self._file_of("valid").open("wb") as valid,
+            self._file_of(name).open("wb") as kept,
+            self._file_of(to).open("wb") as moved,
         ):
-            for number, digest, line in zip(numbers, digests, lines, strict=True):
-                if digest in held_out:
-                    self.profile.move(number, "valid")
-                (valid if digest in held_out else train).write(line)
+            for number, line in zip(numbers, lines, strict=True):
+                goes = self.profile.digest(number) in chosen
+                if goes:
+                    self.profile.move(number, to)
+                (moved if goes else kept).write(line)
         everything.unlink()
 
     def report(self) -> DatasetReport:
         """Hold the dataset against the expectations, and write what it is to report.json."""
         frame = self.profile.frame()
-        sets = list(dict.fromkeys(["train", "valid", *self.sources]))
+        sets = set_names(self.data, self.retention)
         files = [self._file_of(name) for name in sets]
         expectations = check_profile(
             frame,
@@ -154,7 +172,7 @@ class _Builder:
             docs=self.folder / "data_docs",
         )
         report = DatasetReport(
-            settings=self.settings,
+            settings=settings_of(self.data, self.retention),
             sha256=sha256_files(self.folder, files),
             sets={name: self._report_set(name, frame) for name in sets},
             sources={str(path): sha256_file(path) for paths in self.sources.values() for path in paths},
@@ -171,7 +189,10 @@ class _Builder:
     def _repetition(
         self, record: Record, digest: bytes, seen: Mapping[bytes, int], trained: Mapping[bytes, int]
     ) -> Fault | None:
-        if digest in trained:
+        if digest in trained and self.profile.set_of(trained[digest]) == "valid":
+            problem = f"also in valid: the same record as {self.profile.where(trained[digest])}"
+            remedy = "Remove it here or there; a score on what chose the adapter's strength would say too much"
+        elif digest in trained:
             problem = f"also trained on: the same record as {self.profile.where(trained[digest])}"
             remedy = "Remove it here or there; a score on what was trained on would say nothing"
         elif digest in seen and not self.data.allow_duplicates:
@@ -198,23 +219,44 @@ def choose_held_out(digests: Sequence[bytes], fraction: float, never: Container[
     The choice depends on what the records hold, not on their order, and mostly stays when records are added. All
     copies of a record go together. Raises DataError when nothing can be held out with something left to train on.
     """
-    # The subtraction keeps 0.55 * 100, a little above 55 in floating point, from becoming 56.
-    wanted = max(1, math.ceil(fraction * len(digests) - 1e-9))
-    copies = Counter(digests)
-    candidates = (digest for digest in copies if digest not in never)
-    held_out: set[bytes] = set()
-    number = 0
-    for digest in sorted(candidates, key=lambda digest: hashlib.sha256(digest).digest()):
-        if number >= wanted or number + copies[digest] == len(digests):
-            break
-        held_out.add(digest)
-        number += copies[digest]
+    held_out = _smallest_hashes(digests, fraction, never)
     if not held_out:
         raise DataError(
             f"data.valid is {fraction:g}, but of the {len(digests)} records to train on none can be held out so that "
             "one is left to train on and the held-out one is not replayed. Add records, or name files in data.valid."
         )
     return held_out
+
+
+def choose_half(digests: Sequence[bytes]) -> set[bytes]:
+    """The half of `valid` that becomes `test`, chosen as `choose_held_out` does: no record on both sides.
+
+    Raises DataError when there is one record, or copies of one, which cannot be divided.
+    """
+    half = _smallest_hashes(digests, 0.5, never=())
+    if not half:
+        raise DataError(
+            "retention.strength chooses on one half of valid, and the other half is scored, but valid has only "
+            f"{len(digests)} record{'s, all the same' if len(digests) > 1 else ''}. Hold out more (data.valid), name "
+            "files to score in data.test, or leave retention.strength off."
+        )
+    return half
+
+
+def _smallest_hashes(digests: Sequence[bytes], fraction: float, never: Container[bytes]) -> set[bytes]:
+    """The digests with the smallest hash that make up a fraction, but never all; empty when there are no such."""
+    # The subtraction keeps 0.55 * 100, a little above 55 in floating point, from becoming 56.
+    wanted = max(1, math.ceil(fraction * len(digests) - 1e-9))
+    copies = Counter(digests)
+    candidates = (digest for digest in copies if digest not in never)
+    chosen: set[bytes] = set()
+    number = 0
+    for digest in sorted(candidates, key=lambda digest: hashlib.sha256(digest).digest()):
+        if number >= wanted or number + copies[digest] == len(digests):
+            break
+        chosen.add(digest)
+        number += copies[digest]
+    return chosen
 
 
 def _with_raw_lines(faults: Iterable[Fault]) -> Iterator[tuple[Fault, str]]:

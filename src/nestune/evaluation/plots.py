@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 
 INK, FAINT = "#333333", "#d9d9d9"
 MODEL_COLORS = {"base": "#bbbbbb", "parent": "#56b4e9", "champion": "#0072b2", "candidate": "#e69f00"}
+MODEL_COLORS["uncompressed"] = "#cc79a7"
 WIDTH = 8.0  # inches
 DPI = 120
 LIMIT = "worst that passes"
+CHOSEN: dict[str, Any] = {"color": MODEL_COLORS["candidate"], "marker": "o", "markersize": 10, "linestyle": "none"}
 SHOWN_STEPS = (16, 96)  # fewest and most steps in the picture of due tiers
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib, so that every machine draws the same
@@ -130,6 +132,31 @@ def retention_bars(scores: Scores, gate: GateConfig) -> bytes:
         order = [label for label in [*titles, LIMIT] if label in handle_of]
         handles = [handle_of[label] for label in order]
         figure.legend(handles, order, loc="outside lower center", ncols=len(order))
+    return png.getvalue()
+
+
+def strength_curve(strength: Mapping[str, Any]) -> bytes:
+    """Learning and divergence from the parent over the factor, with the one that was chosen; as `strength.json`."""
+    curve = strength["curve"]
+    factors = [point["factor"] for point in curve]
+    with _picture(height=3.4) as (figure, png):
+        learned, apart = figure.subplots(1, 2)
+        label = "exact match" if strength["measure"] == "exact_match" else "nats per token"
+        parts = (
+            (learned, "score", "New task, on rows that choose", label),
+            (apart, "divergence", "KL from parent", ""),
+        )
+        for axes, key, title, unit in parts:
+            values = [math.nan if point[key] is None else point[key] for point in curve]
+            axes.plot(factors, values, color=MODEL_COLORS["champion"], linewidth=1.8, marker="o", markersize=4)
+            chosen = values[factors.index(strength["factor"])]
+            axes.plot([strength["factor"]], [chosen], **CHOSEN, label=f"chosen: {strength['factor']:g}")
+            axes.set(title=title, xlabel="strength", ylabel=unit or "nats per position", xlim=(-0.03, 1.03))
+            axes.grid(axis="y", color=FAINT, linewidth=0.6)
+        if strength["parent"] is not None:
+            learned.axhline(strength["parent"], color=MODEL_COLORS["parent"], linewidth=1.4, label="parent")
+        learned.legend(loc="best")
+        apart.set_ylim(0, None)
     return png.getvalue()
 
 

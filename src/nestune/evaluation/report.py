@@ -23,7 +23,8 @@ class Evaluation:
 
     `adapters`: model -> SHA-256 of its adapter's weights, None for the base without one; `rows`: set -> how
     many rows; `candidate_step`: the step at which its checkpoint was written; `champion_version`: the version
-    compared with, None when there is none.
+    compared with, None when there is none; `strength`: how the factor on what was learned was chosen, and
+    `compression`: what cutting down the rank did to the adapter, None where that was not done.
     """
 
     config: RunConfig
@@ -36,6 +37,8 @@ class Evaluation:
     champion_version: str | None
     scores: Scores
     verdict: Verdict
+    strength: Mapping[str, Any] | None = None
+    compression: Mapping[str, Any] | None = None
 
 
 def build_report(evaluation: Evaluation) -> dict[str, Any]:
@@ -59,6 +62,8 @@ def build_report(evaluation: Evaluation) -> dict[str, Any]:
             "step": evaluation.candidate_step,
             "steps": history.steps[-1],
         },
+        "strength": evaluation.strength and dict(evaluation.strength),
+        "compression": evaluation.compression and _compression(evaluation, scores),
         "adapters": dict(evaluation.adapters),
         "base": {"reference": base.reference, "revision": base.revision, "sha256": base.sha256},
         "dataset": {"sha256": evaluation.dataset_sha256, "rows": dict(evaluation.rows)},
@@ -87,7 +92,8 @@ def flat_metrics(report: Mapping[str, Any]) -> dict[str, Any]:
 def render_html(report: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
     """The report as one page that loads nothing.
 
-    `images`: PNG bytes of `loss`, `tiers` and `retention`, and of `importance` where it was measured.
+    `images`: PNG bytes of `loss`, `tiers` and `retention`, of `importance` where it was measured, and of `strength`
+    where it was chosen.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -108,15 +114,26 @@ def render_html(report: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
     )
 
 
+def _compression(evaluation: Evaluation, scores: Mapping[str, Any]) -> dict[str, Any]:
+    """What compression did to the adapter, and to its score on every set: the candidate's minus that before."""
+    assert evaluation.compression is not None
+    effect = {name: _differences(score, scores["uncompressed"][name]) for name, score in scores["candidate"].items()}
+    return {**evaluation.compression, "effect": effect}
+
+
+def _differences(candidate: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, float | None]:
+    return {
+        key: None if candidate[key] is None or reference[key] is None else candidate[key] - reference[key]
+        for key in ("exact_match", "loss")
+    }
+
+
 def _table_row(report: Mapping[str, Any], set_name: str, titles: Mapping[str, str]) -> dict[str, Any]:
     """One set as the table shows it: a cell for each column, and the candidate against the model compared with."""
     of_model = {model: by_set[set_name] for model, by_set in report["scores"].items()}
     candidate, reference = of_model["candidate"], of_model[report["compared_with"]]
     has_answers = candidate["exact_match"] is not None
-    differences = {
-        key: None if candidate[key] is None or reference[key] is None else candidate[key] - reference[key]
-        for key in ("exact_match", "loss")
-    }
+    differences = _differences(candidate, reference)
     return {
         "set": set_name,
         "rows": report["dataset"]["rows"][set_name],

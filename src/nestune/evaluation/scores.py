@@ -13,7 +13,7 @@ from nestune.errors import DataError
 from nestune.stopping import StopRequests
 
 KEPT_EXAMPLES = 5
-MODELS = ("base", "parent", "champion", "candidate")
+MODELS = ("base", "parent", "champion", "uncompressed", "candidate")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Score:
 
 
 Scores = Mapping[str, Mapping[str, Score]]
-"""scores[model][set]; models are `base`, `parent`, `champion` (where there is one) and `candidate`."""
+"""scores[model][set]; models are `base`, `parent`, `champion` and `uncompressed` (where there are any), `candidate`."""
 
 
 def score(

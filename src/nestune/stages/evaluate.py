@@ -17,13 +17,14 @@ from nestune.data.tokens import Row, Tokenizer, load_tokenizer
 from nestune.errors import RunError
 from nestune.evaluation.gate import NEW_TASK, Verdict, decide
 from nestune.evaluation.history import History, read_history
-from nestune.evaluation.plots import loss_curves, retention_bars, tier_updates
+from nestune.evaluation.plots import loss_curves, retention_bars, strength_curve, tier_updates
 from nestune.evaluation.report import Evaluation, build_report, flat_metrics, render_html
 from nestune.evaluation.scores import Score, Scores, columns, score
 from nestune.files import read_json, replaced_folder, sha256_file, write_bytes, write_json, write_text
 from nestune.registry.versions import Champion, fitting_champion, resolve_adapter
 from nestune.runs import RunPaths, record_stage
 from nestune.stages.assign import importance_behind
+from nestune.stages.candidate import UNCOMPRESSED, check_candidate, read_strength
 from nestune.stopping import StopRequests
 from nestune.tiers.importance_picture import plot_importance
 from nestune.training.start import check_trained
@@ -71,24 +72,26 @@ def evaluate(config: RunConfig, run: RunPaths, backend: Backend | None = None) -
     """Score every model on the new task's held-out part and on every retention set, and decide the gate.
 
     Writes evaluation/ whole or not at all: report.json, metrics.json, report.html, the pictures and plots/*.csv.
-    Raises RunError when the training is not complete or was of another configuration, or the dataset is missing or
-    changed; ConfigError when the champion is of another base, rank or alpha; StoppedError, within a batch, when the run
-    is asked to stop.
+    Raises RunError when the training is not complete or was of another configuration, its candidate or the dataset is
+    missing or changed; ConfigError when the champion is of another base; StoppedError, within a batch, when the run is
+    asked to stop.
     """
-    candidate = run.checkpoints / config.evaluation.checkpoint
+    candidate = run.candidate
     check_trained(config, run)
+    check_candidate(config, run)
     base = resolve_base(config.model)
     current = fitting_champion(config, base)
     folders = _adapter_folders(config, candidate, current)
     history = read_history(run.metrics)
     tokenizer = load_tokenizer(base.folder)
     row_limit = base.row_limit(config.data.max_seq_length)
-    dataset = load_dataset(config.data, config.retention.replay, tokenizer, row_limit, run.dataset, base.vocabulary)
-    sets = {NEW_TASK: dataset.valid, **dataset.retention}
+    dataset = load_dataset(config.data, config.retention, tokenizer, row_limit, run.dataset, base.vocabulary)
+    sets = {NEW_TASK: dataset.scored, **dataset.retention}
     backend = backend or make_backend(config)
     adapters = {model: sha256_file(weights_file(folder)) if folder else None for model, folder in folders.items()}
     scores = _score_once(backend, folders, adapters, sets, tokenizer, config, StopRequests(run))
     verdict = decide(scores, config.gate)
+    metadata = read_json(candidate / METADATA, "Run nestune train again.")
     evaluation = Evaluation(
         config=config,
         base=base,
@@ -96,10 +99,12 @@ def evaluate(config: RunConfig, run: RunPaths, backend: Backend | None = None) -
         rows={"train": len(dataset.train)} | {name: len(rows) for name, rows in sets.items()},
         history=history,
         adapters=adapters,
-        candidate_step=read_json(candidate / METADATA, "Run nestune train again.")["step"],
+        candidate_step=metadata["step"],
         champion_version=current.version if current else None,
         scores=scores,
         verdict=verdict,
+        strength=read_strength(candidate),
+        compression=metadata["compression"],
     )
     with replaced_folder(run.evaluation) as folder:
         _write(evaluation, _importance_picture(backend, run), folder)
@@ -133,6 +138,8 @@ def _adapter_folders(config: RunConfig, candidate: Path, current: Champion | Non
     folders = {"base": None, "parent": resolve_adapter(parent, config.registry) if parent else None}
     if current is not None:
         folders["champion"] = current.folder
+    if (candidate / UNCOMPRESSED).is_dir():
+        folders["uncompressed"] = candidate / UNCOMPRESSED
     return folders | {"candidate": candidate}
 
 
@@ -171,6 +178,7 @@ def _write(evaluation: Evaluation, more_images: Mapping[str, bytes], folder: Pat
         "loss": loss_curves(evaluation.history),
         "tiers": tier_updates(evaluation.history, evaluation.config.tiers.periods),
         "retention": retention_bars(evaluation.scores, evaluation.config.gate),
+        **({"strength": strength_curve(evaluation.strength)} if evaluation.strength else {}),
         **more_images,
     }
     write_json(folder / "report.json", report)

@@ -66,7 +66,7 @@ def export(
 ) -> ExportResult:
     """Write the adapter in one of the `FORMATS`, and check what the program it is for computes with it.
 
-    checkpoint: best or final, by default the one that is evaluated; adapter: another adapter instead, a folder or
+    checkpoint: best or final, in place of the candidate made of one; adapter: another adapter instead, a folder or
     models:/<name>@<alias>. The export appears at `out`, by default in the run's folder, whole or not at all.
     Raises ConfigError with all that keeps the adapter from that form, when it does not fit, or when `out` exists and
     is no export that may be overwritten; RunError when training is missing, or the export computes something else.
@@ -82,7 +82,7 @@ def export(
     if faults:
         raise ConfigError("\n  ".join([f"nothing is exported to {to}:", *faults]))
     if adapter is None:
-        source = _checkpoint(config, run, checkpoint)
+        source = _trained(config, run, checkpoint)
         name = source.as_posix()
     else:
         name = pin_adapter(adapter, config.registry)
@@ -116,8 +116,8 @@ def _check_replaceable(folder: Path, force: bool) -> None:
         raise ConfigError(f"{folder} is no export of nestune, so it is not overwritten. Pass another --out.")
 
 
-def _checkpoint(config: RunConfig, run: RunPaths, checkpoint: str | None) -> Path:
-    folder = run.checkpoints / (checkpoint or config.evaluation.checkpoint)
+def _trained(config: RunConfig, run: RunPaths, checkpoint: str | None) -> Path:
+    folder = run.checkpoints / checkpoint if checkpoint else run.candidate
     if not (folder / METADATA).is_file():
         raise RunError(f"there is no {folder}. Run nestune train --name {config.name}, or name an --adapter.")
     return folder

@@ -60,7 +60,7 @@ def check_before_running(
             "or --force to train anew; nestune validate, evaluate and register, run one by one, evaluate the same "
             "adapter otherwise."
         )
-    _refuse_changed(run, [*config.data.retention.values()], f"run {config.name} was evaluated")
+    _refuse_changed(run, [config.data.test, *config.data.retention.values()], f"run {config.name} was evaluated")
     return FinishedResult(config.name, read_json(run.registration, "Run nestune register again."))
 
 

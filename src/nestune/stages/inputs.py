@@ -46,9 +46,10 @@ class TrainingInputs:
 
     @property
     def data_sha256(self) -> str:
-        """SHA-256 of the rows that shape training: trained on, replayed, validated with."""
+        """SHA-256 of the rows that shape training: trained on, replayed, validated with; not those only scored."""
         folder, sets = self.dataset.folder, self.dataset.sets
-        return sha256_files(folder, [folder / f"{name}.jsonl" for name in sets if not name.startswith("retention/")])
+        shaping = [name for name in sets if name != "test" and not name.startswith("retention/")]
+        return sha256_files(folder, [folder / f"{name}.jsonl" for name in shaping])
 
     def importance_depends_on(self) -> dict[str, Any]:
         """All that the importances of this training depend on, by name, as JSON has it: on any backend the same.
@@ -85,7 +86,7 @@ def read_training_inputs(config: RunConfig, run: RunPaths) -> TrainingInputs:
     base = resolve_base(config.model)
     tokenizer = load_tokenizer(base.folder)
     row_limit = base.row_limit(config.data.max_seq_length)
-    dataset = load_dataset(config.data, config.retention.replay, tokenizer, row_limit, run.dataset, base.vocabulary)
+    dataset = load_dataset(config.data, config.retention, tokenizer, row_limit, run.dataset, base.vocabulary)
     parent = resolve_adapter(config.model.adapter, config.registry) if config.model.adapter else None
     return TrainingInputs(config, base, dataset, pad_id_of(tokenizer, base.vocabulary), parent)
 

@@ -50,21 +50,21 @@ class RegisterResult:
 
 
 def register(config: RunConfig, run: RunPaths) -> RegisterResult:
-    """Register the evaluated checkpoint and promote it when the gate let it pass; writes `registration.json`.
+    """Register the evaluated candidate and promote it when the gate let it pass; writes `registration.json`.
 
     A candidate that the gate refused, or whose champion has changed since, is registered and marked, not promoted.
-    Raises RunError when the report is not of the checkpoint as it is now, ServiceError when MLflow fails.
+    Raises RunError when the report is not of the candidate as it is now, ServiceError when MLflow fails.
     """
-    checkpoint = run.checkpoints / config.evaluation.checkpoint
+    candidate = run.candidate
     report = read_json(run.evaluation / "report.json", "Run nestune evaluate first.")
-    check_seal(run.evaluation, checkpoint)
+    check_seal(run.evaluation, candidate)
     write_text(run.config, dump_config(config))
-    lineage = _lineage(run, checkpoint, report)
+    lineage = _lineage(run, candidate, report)
     tracked = resume_tracking(config, run, lineage)
     _log_evaluation(tracked, run, report)
     of_training = tracked.tags()
     tags = lineage | {key: of_training[key] for key in ("run", "parent", "git_commit")}
-    version = register_version(config, tracked.run_id, checkpoint, tags)
+    version = register_version(config, tracked.run_id, candidate, tags)
 
     gate, reason = "passed" if report["passed"] else "refused", report["reason"]
     promoted = gate == "passed" and promote_version(config.registry, version, report["champion_version"])
@@ -88,13 +88,13 @@ def register(config: RunConfig, run: RunPaths) -> RegisterResult:
         open_with=tracked.open_with(),
     )
     write_json(run.registration, result.as_dict())
-    record_stage(run, "register", [checkpoint, run.evaluation], [run.registration])
+    record_stage(run, "register", [candidate, run.evaluation], [run.registration])
     return result
 
 
-def _lineage(run: RunPaths, checkpoint: Path, report: Mapping[str, Any]) -> dict[str, str]:
+def _lineage(run: RunPaths, candidate: Path, report: Mapping[str, Any]) -> dict[str, str]:
     """What the adapter was made of, by content hash."""
-    metadata = read_json(checkpoint / METADATA, "Run nestune train again.", keys=["base"])
+    metadata = read_json(candidate / METADATA, "Run nestune train again.", keys=["base"])
     tier_map = read_json(run.tiers, "Run nestune tiers again.", keys=["sha256"])
     return {
         "base": str(metadata["base"]["reference"]),

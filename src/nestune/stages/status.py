@@ -11,7 +11,10 @@ from typing import Any
 
 import yaml
 
-from nestune.errors import ConfigError
+from nestune.backends.adapter_config import read_adapter_config
+from nestune.backends.adapters import METADATA
+from nestune.errors import ConfigError, RunError
+from nestune.files import read_json
 from nestune.run_state import RunState, read_state
 from nestune.runs import RUNS, RunPaths
 from nestune.training.recorder import EVAL_METRICS, TRAIN_METRICS
@@ -26,7 +29,8 @@ RECENT = 50
 class RunStatus:
     """One run: how it stands, and how far its training is.
 
-    Losses in nats per supervised token; tokens_per_s and left_s from the last steps, left_s only while it trains.
+    Losses in nats per supervised token; tokens_per_s and left_s from the last steps, left_s only while it trains;
+    candidate: what it was made of and how, once it is there.
     """
 
     run: str
@@ -39,6 +43,7 @@ class RunStatus:
     update_counts: tuple[int, ...] = ()
     tokens_per_s: float | None = None
     left_s: float | None = None
+    candidate: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The status as JSON."""
@@ -64,6 +69,10 @@ class RunStatus:
             found.append(f"updates of each tier: {' / '.join(map(str, self.update_counts))}")
         if self.tokens_per_s is not None:
             found.append(f"{self.tokens_per_s:,.0f} tokens/s")
+        if self.candidate is not None:
+            found.append(
+                "candidate: {checkpoint} of step {step}, strength {factor:g}, rank {rank}".format(**self.candidate)
+            )
         return found
 
     def row(self) -> list[str]:
@@ -136,6 +145,7 @@ def read_status(run: RunPaths) -> RunStatus:
         best_valid_loss=min(valid) if valid else None,
         update_counts=tuple(last["update_counts"]),
         tokens_per_s=statistics.median(line["tokens_per_s"] for line in steps[-RECENT:]),
+        candidate=_candidate(run),
         left_s=statistics.fmean(recent) * (total - last["step"]) if trains and total is not None else None,
     )
 
@@ -150,6 +160,22 @@ def _steps(run: RunPaths) -> int | None:
         content = yaml.safe_load(run.config.read_text(encoding="utf-8"))
         return int(content["training"]["steps"])
     except (OSError, yaml.YAMLError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _candidate(run: RunPaths) -> dict[str, Any] | None:
+    """What the candidate's metadata tell of it; None where there is none, or they cannot be read."""
+    try:
+        told = read_json(run.candidate / METADATA, "", keys=["made_from", "step", "factor", "compression"])
+        rank = read_adapter_config(run.candidate).sizes[0].rank
+        return {
+            "checkpoint": str(told["made_from"]["evaluation.checkpoint"]),
+            "step": int(told["step"]),
+            "factor": float(told["factor"]),
+            "rank": rank,
+            "compressed": told["compression"] is not None,
+        }
+    except (OSError, RunError, ValueError, KeyError, TypeError, IndexError):
         return None
 
 

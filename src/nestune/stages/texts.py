@@ -6,7 +6,6 @@ from typing import Any
 
 from nestune.backends.adapters import weights_file
 from nestune.backends.base import Backend
-from nestune.data.batches import Batch, held_batches
 from nestune.data.openings import held_row, openings_of, prompts_of, refuse_scored_prompts
 from nestune.data.tokens import Row, tokenizer_files
 from nestune.files import sha256_file, sha256_files, write_json
@@ -17,7 +16,6 @@ from nestune.training.mentions import mentioned
 from nestune.training.self_written import SelfWritten, self_written
 
 EXAMPLES = 10
-MEASURED_ROWS = 256
 
 
 def with_texts(inputs: TrainingInputs, backend: Backend, stop: StopRequests | None = None) -> TrainingInputs:
@@ -56,18 +54,6 @@ def with_texts(inputs: TrainingInputs, backend: Backend, stop: StopRequests | No
         tuple(held_row(text[: dataset.max_length]) for text in texts) for texts in (written.held, written.measuring)
     )
     return replace(inputs, texts=held, measuring=measuring, written=written)
-
-
-def measuring_batches(inputs: TrainingInputs) -> list[Batch]:
-    """What the divergence from the parent is measured on: rows that are held at, and that no step has seen.
-
-    Texts that were kept out of training; without any, what is replayed, or else what is validated with.
-    """
-    rows: Sequence[Row] = inputs.measuring
-    if not rows:
-        replayed = [row for source in inputs.dataset.replay for row in source]
-        rows = (replayed or inputs.dataset.valid)[:MEASURED_ROWS]
-    return list(held_batches(rows, inputs.config.evaluation.batch_size, inputs.pad_id))
 
 
 def write_texts_report(inputs: TrainingInputs, run: RunPaths) -> None:

@@ -1,4 +1,4 @@
-"""Stage train: from the validated dataset and the tier map to checkpoints."""
+"""Stage train: from the validated dataset and the tier map to checkpoints, and to the candidate made of one."""
 
 import logging
 from contextlib import nullcontext, suppress
@@ -7,6 +7,7 @@ from typing import Any
 
 from nestune.backends.accelerator import accelerator_held
 from nestune.backends.adapters import WEIGHTS
+from nestune.backends.base import Backend
 from nestune.backends.factory import Choice, accelerator, choose_backend, make_backend
 from nestune.backends.training_state import read_training_state
 from nestune.base_model import resolve_base
@@ -20,6 +21,7 @@ from nestune.registry.tracking import TrackedRun, tracked_run
 from nestune.registry.tracking_note import keep_untold, read_note
 from nestune.registry.versions import fitting_champion, resolve_adapter
 from nestune.runs import RunPaths, record_stage
+from nestune.stages.candidate import candidate_faults, make_candidate
 from nestune.stages.inputs import TrainingInputs, read_training_inputs, tier_map_depends_on
 from nestune.stages.texts import with_texts, write_texts_report
 from nestune.stopping import StopRequests, signals_stop
@@ -39,7 +41,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What training did, on which backend; losses in nats per supervised token.
+    """What training did, on which backend; losses in nats per supervised token; adapter_sha256: of the candidate.
 
     went_on_after: the step of the checkpoint that it went on from; `steps` where it had ended there already.
     """
@@ -49,6 +51,7 @@ class TrainResult:
     update_counts: list[int]
     adapter_sha256: str
     checkpoints: str
+    candidate: str
     backend: str
     went_on_after: int | None = None
 
@@ -62,7 +65,7 @@ class TrainResult:
             f"steps: {self.steps}, updates of each tier: {' / '.join(map(str, self.update_counts))}",
             f"best validation loss: {self.best_validation_loss:.4f} nats per token",
             f"backend: {self.backend}",
-            f"checkpoints: {self.checkpoints}",
+            f"checkpoints: {self.checkpoints}, candidate: {self.candidate}",
         ]
         if self.went_on_after == self.steps:
             return [f"training had ended at step {self.steps} already: nothing was trained", *lines]
@@ -90,7 +93,9 @@ def check_before_training(
 
 
 def train(config: RunConfig, run: RunPaths, force: bool = False, resume: bool = False) -> TrainResult:
-    """Train the adapter and write checkpoints and metrics, or go on with that; where it has ended, only tell of it.
+    """Train the adapter and write checkpoints, metrics and the candidate, or go on with that.
+
+    Where training has ended, only the candidate is made, if it is missing or was made with other settings.
 
     Goes on from the newest checkpoint of the same configuration, after which weights are those of a training that was
     never interrupted: to the bit on one backend. Checkpoints that are replaced stay until the new ones are complete.
@@ -108,21 +113,25 @@ def train(config: RunConfig, run: RunPaths, force: bool = False, resume: bool = 
     best = BestLoss(config.training.early_stopping)
     if checkpoint is not None:
         best.restore(checkpoint.metadata)
-        if has_ended(checkpoint, config):
-            # What was killed after its last checkpoint still lacks what comes after that.
-            send_what_is_missing(config, run)
-            discard_stopped(run.checkpoints)
-            _record(run)
-            forget_replaced(run)
-            return _result(config, run, best, checkpoint.metadata["backend"], checkpoint.step)
-    stop = StopRequests(run)
-    choice = choose_backend(config)
-    alone = accelerator_held(
-        accelerator(choice), f"nestune train --name {config.name}", config.training.when_busy, stop.check
-    )
-    with signals_stop(stop), alone, told_out_of_memory():
-        trains_on = _train(config, run, inputs, choice, checkpoint, best, stop)
+    trains_on, ended = "", checkpoint is not None and has_ended(checkpoint, config)
+    if checkpoint is not None and ended:
+        # What was killed after its last checkpoint still lacks what comes after that.
+        send_what_is_missing(config, run)
+        discard_stopped(run.checkpoints)
+        trains_on = checkpoint.metadata["backend"]
+    if not ended or candidate_faults(config, run):
+        stop = StopRequests(run)
+        choice = choose_backend(config)
+        alone = accelerator_held(
+            accelerator(choice), f"nestune train --name {config.name}", config.training.when_busy, stop.check
+        )
+        with signals_stop(stop), alone, told_out_of_memory():
+            backend = make_backend(config)
+            if not ended:
+                trains_on = _train(config, run, inputs, backend, choice, checkpoint, best, stop)
+            make_candidate(config, run, inputs, backend, stop)
     _record(run)
+    forget_replaced(run)
     return _result(config, run, best, trains_on, checkpoint.step if checkpoint else None)
 
 
@@ -130,13 +139,13 @@ def _train(
     config: RunConfig,
     run: RunPaths,
     inputs: TrainingInputs,
+    backend: Backend,
     choice: Choice,
     checkpoint: Checkpoint | None,
     best: BestLoss,
     stop: StopRequests,
 ) -> str:
     """Train from a checkpoint on, or anew; returns what it was trained on."""
-    backend = make_backend(config)
     made_from = tier_map_depends_on(config.tiers, inputs.importance_depends_on())
     tier_map = read_fitting_tier_map(run.tiers, backend.lora_parameters(), config.tiers, made_from)
     inputs = with_texts(inputs, backend, stop)
@@ -183,7 +192,8 @@ def _train(
 
 
 def _record(run: RunPaths) -> None:
-    record_stage(run, "train", [run.config, run.dataset, run.tiers], [run.checkpoints, run.metrics, run.texts])
+    outputs = [run.checkpoints, run.metrics, run.texts, run.candidate]
+    record_stage(run, "train", [run.config, run.dataset, run.tiers], outputs)
 
 
 def _end_earlier_tracking(run: RunPaths) -> None:
@@ -213,8 +223,9 @@ def _result(
         steps=ended.step,
         best_validation_loss=best.loss,
         update_counts=ended.metadata["tier_statistics"]["update_counts"],
-        adapter_sha256=sha256_file(run.checkpoints / config.evaluation.checkpoint / WEIGHTS),
+        adapter_sha256=sha256_file(run.candidate / WEIGHTS),
         checkpoints=run.checkpoints.as_posix(),
+        candidate=run.candidate.as_posix(),
         backend=trained_on,
         went_on_after=went_on_after,
     )

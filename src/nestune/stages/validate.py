@@ -46,7 +46,7 @@ def validate(config: RunConfig, run: RunPaths) -> ValidateResult:
     base = resolve_base(config.model)
     data = config.data.model_copy(update={"max_seq_length": base.row_limit(config.data.max_seq_length)})
     tokenizer = load_tokenizer(base.folder)
-    report = build_dataset(data, config.retention.replay, tokenizer, run.dataset, base.vocabulary)
+    report = build_dataset(data, config.retention, tokenizer, run.dataset, base.vocabulary)
     write_text(run.config, dump_config(config))
     record_stage(
         run,

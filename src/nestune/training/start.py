@@ -11,8 +11,11 @@ from nestune.training.checkpoints import Checkpoint, newest_checkpoint, read_che
 from nestune.training.replacement import bring_back_unreplaced
 
 SHAPES_TRAINING = ("model", "lora", "data", "tiers", "retention", "training")
-# Retention sets are only measured, and how long to wait for an accelerator shapes nothing.
-NO_PART_OF_TRAINING = frozenset({"data.retention", "training.when_busy"})
+# Some sets are only measured, what comes after training shapes the candidate alone, how long to wait for an accelerator
+# nothing.
+NO_PART_OF_TRAINING = frozenset(
+    {"data.retention", "data.test", "retention.recipe", "retention.strength", "lora.max_rank", "training.when_busy"}
+)
 MAY_CHANGE_ON_THE_WAY = frozenset(
     {"model.backend"}
     | {f"training.{key}" for key in ("steps", "eval_every", "checkpoint_every", "keep_last", "gradient_checkpointing")}

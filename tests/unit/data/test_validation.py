@@ -6,7 +6,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tiny_tokenizer import build_tokenizer, chat
 
-from nestune.config import DataConfig, ReplayConfig
+from nestune.config import DataConfig, RetentionConfig
 from nestune.data.dataset import load_dataset
 from nestune.data.validation import build_dataset, choose_held_out
 from nestune.errors import ConfigError, DataError, RunError
@@ -25,8 +25,9 @@ def lines_of(path: Path) -> list[dict]:
 def build(tmp_path, tokenizer):
     """Builds a dataset in the test's folder from the data block of a configuration."""
 
-    def build(replay=(), **data):
-        return build_dataset(DataConfig(**data), ReplayConfig(files=replay), tokenizer, tmp_path / "dataset")
+    def build(replay=(), strength=None, **data):
+        retention = RetentionConfig(replay={"files": replay}, strength=strength)
+        return build_dataset(DataConfig(**data), retention, tokenizer, tmp_path / "dataset")
 
     return build
 
@@ -59,7 +60,7 @@ def test_the_dataset_is_read_back_as_it_was_written(build, write, tmp_path, toke
     replay = (write("r0.jsonl", texts(5, 6)), write("r1.jsonl", texts(7)))
     report = build(train=train, valid=valid, retention={"old": old}, replay=replay)
     data = DataConfig(train=train, valid=valid, retention={"old": old})
-    dataset = load_dataset(data, ReplayConfig(files=replay), tokenizer, 2048, tmp_path / "dataset")
+    dataset = load_dataset(data, RetentionConfig(replay={"files": replay}), tokenizer, 2048, tmp_path / "dataset")
     assert dataset.sha256 == report.sha256
     assert [row.answer for row in dataset.train] == ["hello", None]
     decoded = [[tokenizer.decode(row.tokens) for row in rows] for rows in [dataset.valid, *dataset.replay]]
@@ -70,7 +71,7 @@ def test_the_dataset_is_read_back_as_it_was_written(build, write, tmp_path, toke
 def test_a_dataset_changed_since_validation_is_refused(build, write, tmp_path, tokenizer):
     train = write("train.jsonl", texts(*range(10)))
     build(train=train)
-    data, replay, folder = DataConfig(train=train), ReplayConfig(), tmp_path / "dataset"
+    data, replay, folder = DataConfig(train=train), RetentionConfig(), tmp_path / "dataset"
     with pytest.raises(RunError, match="good when it was validated, with other settings"):
         _ = load_dataset(data, replay, tokenizer, 1, folder).train
     other = DataConfig(train=train, valid=0.3, allow_duplicates=True)
@@ -202,7 +203,7 @@ def test_all_rows_masked_is_an_error(build, write, on_invalid):
 def test_a_base_without_chat_template_refuses_chats_and_writes_nothing(write, tmp_path):
     data = DataConfig(train=write("train.jsonl", [*texts(1), chat("hi", "hello")]))
     with pytest.raises(ConfigError, match=r"models/tiny has no chat template, and .*train\.jsonl:2 is a chat"):
-        build_dataset(data, ReplayConfig(), build_tokenizer(chat_template=None), tmp_path / "dataset")
+        build_dataset(data, RetentionConfig(), build_tokenizer(chat_template=None), tmp_path / "dataset")
     assert not (tmp_path / "dataset").exists()
 
 
@@ -222,7 +223,7 @@ def test_duplicates_can_be_allowed_and_are_counted(build, write, tmp_path):
     assert (report.sets["train"].duplicates, report.rejected) == (1, 0)
 
 
-@pytest.mark.parametrize("measured", ["valid", "retention"])
+@pytest.mark.parametrize("measured", ["valid", "test", "retention"])
 @pytest.mark.parametrize("trained", ["train", "replay"])
 @pytest.mark.parametrize("allow_duplicates", [False, True])
 def test_what_is_trained_on_may_not_be_measured_on(build, write, measured, trained, allow_duplicates):
@@ -233,6 +234,7 @@ def test_what_is_trained_on_may_not_be_measured_on(build, write, measured, train
             train=files["train"],
             replay=(files["replay"],),
             valid=leak if measured == "valid" else files["other"],
+            test=(leak,) if measured == "test" else (),
             retention={"old": leak if measured == "retention" else files["other"]},
             allow_duplicates=allow_duplicates,
         )
@@ -252,6 +254,69 @@ def test_what_is_replayed_is_not_held_out(build, write, tmp_path):
         "the sea is 8",
         "the sea is 9",
     ]
+
+
+def test_the_strength_is_chosen_on_one_half_of_valid_and_the_other_is_scored(build, write, tmp_path, tokenizer):
+    data = {"train": write("train.jsonl", texts(*range(20))), "valid": write("valid.jsonl", texts(*range(50, 57)))}
+    report = build(**data, strength={})
+    halves = {name: lines_of(tmp_path / "dataset" / f"{name}.jsonl") for name in ("valid", "test")}
+    assert [len(records) for records in halves.values()] == [3, 4]
+    assert sorted(record["text"] for records in halves.values() for record in records) == [
+        f"the sea is {number}" for number in range(50, 57)
+    ]
+    assert [report.sets[name].records for name in ("train", "valid", "test")] == [20, 3, 4]
+    assert set(report.outputs) == {"train.jsonl", "valid.jsonl", "test.jsonl"}
+    dataset = load_dataset(DataConfig(**data), RetentionConfig(strength={}), tokenizer, 99, tmp_path / "dataset")
+    assert [tokenizer.decode(row.tokens) for row in dataset.scored] == [
+        f"{record['text']}<|endoftext|>" for record in halves["test"]
+    ]
+    with pytest.raises(RunError, match=r"other settings \(valid_is_halved differ\)"):
+        load_dataset(DataConfig(**data), RetentionConfig(), tokenizer, 99, tmp_path / "dataset")
+
+
+def test_a_fraction_that_is_held_out_is_halved_too_and_copies_stay_together(build, write, tmp_path):
+    train = write("train.jsonl", texts(*range(20), *range(20)))
+    build(train=train, valid=0.5, strength={}, allow_duplicates=True)
+    sets = [
+        [record["text"] for record in lines_of(tmp_path / "dataset" / f"{name}.jsonl")]
+        for name in ("train", "valid", "test")
+    ]
+    assert [len(records) for records in sets] == [20, 10, 10]
+    assert sum(len(set(records)) for records in sets) == 20
+
+
+@pytest.mark.parametrize("strength", [None, {}])
+def test_files_of_test_are_scored_and_valid_stays_whole(build, write, tmp_path, tokenizer, strength):
+    data = {
+        "train": write("train.jsonl", texts(*range(9))),
+        "valid": write("valid.jsonl", texts(20, 21)),
+        "test": (write("test.jsonl", texts(30, 31, 32)),),
+    }
+    report = build(**data, strength=strength)
+    assert [report.sets[name].records for name in ("valid", "test")] == [2, 3]
+    dataset = load_dataset(DataConfig(**data), RetentionConfig(strength=strength), tokenizer, 99, tmp_path / "dataset")
+    assert len(dataset.scored) == 3
+
+
+def test_without_a_test_set_valid_is_scored(build, write, tmp_path, tokenizer):
+    data = {"train": write("train.jsonl", texts(*range(9))), "valid": 0.3}
+    report = build(**data)
+    assert list(report.sets) == ["train", "valid"]
+    dataset = load_dataset(DataConfig(**data), RetentionConfig(), tokenizer, 99, tmp_path / "dataset")
+    assert dataset.scored is dataset.valid
+
+
+def test_what_chooses_the_strength_is_not_scored(build, write):
+    valid, test = write("valid.jsonl", texts(20, 21)), write("test.jsonl", texts(30, 21))
+    with pytest.raises(DataError, match=rf"test\.jsonl:2: also in valid: the same record as {valid}:2\."):
+        build(train=write("train.jsonl", texts(1)), valid=valid, test=(test,))
+
+
+@pytest.mark.parametrize(("numbers", "told"), [([5], "only 1 record\\."), ([5, 5], "only 2 records, all the same\\.")])
+def test_one_record_cannot_be_halved(build, write, numbers, told):
+    valid = write("valid.jsonl", texts(*numbers))
+    with pytest.raises(DataError, match=rf"valid has {told} Hold out more .*data\.test"):
+        build(train=write("train.jsonl", texts(1)), valid=valid, strength={}, allow_duplicates=True)
 
 
 def test_one_record_cannot_be_split(build, write):

@@ -22,7 +22,10 @@ from nestune.files import SEAL, read_json, seal, sha256_file, write_json
 from nestune.registry.connection import connect, find_experiment
 from nestune.registry.versions import promote_version, register_version
 from nestune.runs import RunPaths
+from nestune.stages.candidate import make_candidate
 from nestune.stages.evaluate import evaluate
+from nestune.stages.inputs import read_training_inputs
+from nestune.stopping import StopRequests
 from nestune.training.best_loss import BestLoss
 from nestune.training.checkpoints import Checkpoints
 from nestune.training.recorder import Recorder
@@ -43,9 +46,9 @@ class Counting:
         self.lora_parameters, self.prepare_training = backend.lora_parameters, backend.prepare_training
         self.train_step, self.weights = backend.train_step, backend.weights
 
-    def load_adapter(self, folder: Path | None) -> None:
+    def show_adapter(self, folder: Path | None) -> None:
         self.loaded.append(folder)
-        self._backend.load_adapter(folder)
+        self._backend.show_adapter(folder)
 
 
 def write_rows(path: Path, rows: list[dict[str, str]]) -> str:
@@ -88,8 +91,8 @@ def run(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunPaths
     run = RunPaths(tmp_path_factory.mktemp("runs") / config.name)
     base = resolve_base(config.model)
     tokenizer = load_tokenizer(base.folder)
-    build_dataset(config.data, config.retention.replay, tokenizer, run.dataset)
-    dataset = load_dataset(config.data, config.retention.replay, tokenizer, config.data.max_seq_length, run.dataset)
+    build_dataset(config.data, config.retention, tokenizer, run.dataset)
+    dataset = load_dataset(config.data, config.retention, tokenizer, config.data.max_seq_length, run.dataset)
     backend = make_backend(config)
     backend.prepare_training({parameter.name: 1 - parameter.layer for parameter in backend.lora_parameters()})
     steps = training_steps(dataset.train, config.training, tokenizer.pad_token_id)
@@ -102,6 +105,7 @@ def run(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunPaths
         recorder.validation(STEPS, valid, best.update(STEPS, valid.mean))
         for name in ("best", "final"):
             Checkpoints(run.checkpoints, backend, base, config, dataset.sha256).save(name, best)
+    make_candidate(config, run, read_training_inputs(config, run), backend, StopRequests(run))
     return run
 
 
@@ -115,7 +119,7 @@ def champion(config: RunConfig, run: RunPaths) -> Iterator[str]:
     """The run's own candidate, registered and promoted; its version."""
     client = connect(config.registry)
     run_id = client.create_run(find_experiment(client, config.registry)).info.run_id
-    version = register_version(config, run_id, run.checkpoints / "best", {})
+    version = register_version(config, run_id, run.candidate, {})
     assert promote_version(config.registry, version, None)
     yield version
     client.delete_registered_model_alias(config.registry.registered_model, "champion")
@@ -153,7 +157,7 @@ def test_every_set_is_scored_for_every_model_and_the_files_say_the_same(
     report = read_json(run.evaluation / "report.json", "")
     assert report["scores"]["candidate"]["lives"]["loss"] == result.scores["candidate"]["lives"].loss
     assert report["passed"] is result.verdict.passed
-    assert report["adapters"]["candidate"] == sha256_file(run.checkpoints / "best" / "adapter_model.safetensors")
+    assert report["adapters"]["candidate"] == sha256_file(run.candidate / "adapter_model.safetensors")
     assert report["champion_version"] is None
     assert report["dataset"]["rows"] == {"train": 6, "new_task": 6, "lives": 6, "texts": 6}
     assert report["tiers"]["update_counts"] == [STEPS, STEPS // 2]
@@ -165,7 +169,7 @@ def test_every_set_is_scored_for_every_model_and_the_files_say_the_same(
 def test_an_adapter_is_scored_once_however_many_models_it_is(
     config: RunConfig, run: RunPaths, backend: Counting, champion: str, tmp_path: Path
 ) -> None:
-    candidate = run.checkpoints / "best"
+    candidate = run.candidate
     result = evaluate(config, run, backend)
     assert backend.loaded[0] is None
     assert len(backend.loaded) == 2  # base and parent are one, champion and candidate another
@@ -228,7 +232,7 @@ def test_a_missing_checkpoint_says_how_to_make_it(config: RunConfig, tmp_path: P
 def test_an_evaluation_that_fails_leaves_the_last_one_as_it_was(config: RunConfig, run: RunPaths) -> None:
     evaluate(config, run)
     before = contents(run.evaluation)
-    metadata = run.checkpoints / "best" / "metadata.json"
+    metadata = run.candidate / "metadata.json"
     kept = json.loads(metadata.read_text())["base"]
     resaved(metadata, base={"reference": "elsewhere", "sha256": "0" * 64})
     try:

@@ -17,10 +17,9 @@ EvaluatedRun = Callable[..., RunPaths]
 def write_evaluated_run(
     run: RunPaths, adapter: Path, factor: float, passed: bool, champion_version: str | None
 ) -> None:
-    """Write a run whose best checkpoint is `adapter` with scaled weights, and the report of its evaluation."""
-    checkpoint = run.checkpoints / "best"
-    shutil.copytree(adapter, checkpoint)
-    scale_adapter(checkpoint, factor)
+    """Write a run whose candidate is `adapter` with scaled weights, and the report of its evaluation."""
+    shutil.copytree(adapter, run.candidate)
+    scale_adapter(run.candidate, factor)
     write_json(run.tiers, {"sha256": "tiers-hash", "tiers": {}})
     write_text(run.config, "name: run\n")
     write_json(run.dataset / "report.json", {"sha256": "data-hash"})
@@ -32,12 +31,12 @@ def write_evaluated_run(
         "champion_version": champion_version,
         "scores": {"candidate": {"new_task": score, "old": score | {"exact_match": None}}},
         "candidate": {"checkpoint": "best", "step": 20},
-        "adapters": {"candidate": sha256_file(checkpoint / "adapter_model.safetensors")},
+        "adapters": {"candidate": sha256_file(run.candidate / "adapter_model.safetensors")},
         "dataset": {"sha256": "data-hash"},
     }
     write_json(run.evaluation / "report.json", report)
-    seal(run.evaluation, checkpoint)
-    record_stage(run, "evaluate", [checkpoint], [run.evaluation])
+    seal(run.evaluation, run.candidate)
+    record_stage(run, "evaluate", [run.candidate], [run.evaluation])
 
 
 def scale_adapter(folder: Path, factor: float) -> None:

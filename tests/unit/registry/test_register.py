@@ -61,7 +61,7 @@ def test_a_candidate_whose_champion_changed_meanwhile_is_not_promoted_but_told_t
     assert champion_version(config) == fast.version
 
     edit_report(slow, champion_version=fast.version)
-    seal(slow.evaluation, slow.checkpoints / "best")
+    seal(slow.evaluation, slow.candidate)
     again = register(config, slow)
     assert (again.version, again.promoted, again.gate) == (result.version, True, "passed")
     assert champion_version(config) == again.version
@@ -100,11 +100,11 @@ def test_a_version_says_what_it_was_made_of(config: RunConfig, evaluated_run: Ev
     promote_version(config.registry, parent.version, parent.version)
     result = register(config, run)
     tags = connect(config.registry).get_model_version("nestune", result.version).tags
-    metadata = read_json(run.checkpoints / "best" / "metadata.json", "")
+    metadata = read_json(run.candidate / "metadata.json", "")
     assert tags["dataset_sha256"] == "data-hash"
     assert tags["tier_map_sha256"] == "tiers-hash"
     assert tags["base_sha256"] == metadata["base"]["sha256"]
-    assert tags["adapter_sha256"] == sha256_file(run.checkpoints / "best" / "adapter_model.safetensors")
+    assert tags["adapter_sha256"] == sha256_file(run.candidate / "adapter_model.safetensors")
     assert tags["parent"] == f"models:/nestune/{parent.version}"
     assert tags["run"] == "week.1"
     assert tags["git_commit"]
@@ -130,7 +130,7 @@ def test_an_adapter_that_was_trained_again_after_the_evaluation_is_not_registere
     config: RunConfig, evaluated_run: EvaluatedRun
 ) -> None:
     run = evaluated_run(passed=True)
-    scale_adapter(run.checkpoints / "best", 1.5)
+    scale_adapter(run.candidate, 1.5)
     with pytest.raises(RunError, match=r"adapter_model.safetensors has changed .*Run nestune evaluate again"):
         register(config, run)
     assert champion_version(config) is None
@@ -140,7 +140,7 @@ def test_what_mlx_lm_would_load_is_as_it_was_evaluated_or_not_registered(
     config: RunConfig, evaluated_run: EvaluatedRun
 ) -> None:
     run = evaluated_run(passed=True)
-    with (run.checkpoints / "best" / "adapters.safetensors").open("ab") as file:
+    with (run.candidate / "adapters.safetensors").open("ab") as file:
         file.write(b" ")
     with pytest.raises(RunError, match=r"adapters.safetensors has changed .*Run nestune evaluate again"):
         register(config, run)

@@ -193,7 +193,7 @@ def test_candidate_is_the_newest_version_and_champion_the_promoted_one(
     for _ in range(2):
         run = evaluated_run()
         run_id = start_tracking(config, run, {}).run_id
-        versions.append(register_version(config, run_id, run.checkpoints / "best", {}))
+        versions.append(register_version(config, run_id, run.candidate, {}))
         promote_version(config.registry, "1", None)
     assert versions == ["1", "2"]
     assert aliases(config.registry) == {"candidate": "2", "champion": "1"}
@@ -204,10 +204,10 @@ def test_registering_the_same_adapter_of_the_same_run_twice_makes_one_version(
 ) -> None:
     run = evaluated_run()
     run_id = start_tracking(config, run, {}).run_id
-    first = register_version(config, run_id, run.checkpoints / "best", {})
-    assert register_version(config, run_id, run.checkpoints / "best", {}) == first
-    scale_adapter(run.checkpoints / "best", 2.0)
-    assert register_version(config, run_id, run.checkpoints / "best", {}) == "2"
+    first = register_version(config, run_id, run.candidate, {})
+    assert register_version(config, run_id, run.candidate, {}) == first
+    scale_adapter(run.candidate, 2.0)
+    assert register_version(config, run_id, run.candidate, {}) == "2"
 
 
 def test_there_is_no_champion_before_the_first_promotion(config: RunConfig, registry: RegistryConfig) -> None:
@@ -245,7 +245,7 @@ def test_a_version_is_not_promoted_when_another_champion_was_compared_with(
 ) -> None:
     promote_version(config.registry, version, None)
     run = evaluated_run()
-    later = register_version(config, start_tracking(config, run, {}).run_id, run.checkpoints / "best", {})
+    later = register_version(config, start_tracking(config, run, {}).run_id, run.candidate, {})
     assert not promote_version(config.registry, later, compared_with)
     assert aliases(config.registry)["champion"] == version
     assert promote_version(config.registry, later, version)
