@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from nestune.evaluation.gate import NEW_TASK, Verdict, decide
 from nestune.evaluation.history import History, read_history
 from nestune.evaluation.plots import loss_curves, retention_bars, tier_updates
 from nestune.evaluation.report import Evaluation, build_report, flat_metrics, render_html
-from nestune.evaluation.scores import Score, Scores, columns, score
+from nestune.evaluation.scores import Score, Scores, columns, rows_of, score
 from nestune.files import read_json, replaced_folder, sha256_file, write_bytes, write_json, write_text
 from nestune.registry.versions import Champion, fitting_champion, resolve_adapter
 from nestune.runs import RunPaths, record_stage
@@ -70,7 +71,8 @@ class EvaluateResult:
 def evaluate(config: RunConfig, run: RunPaths, backend: Backend | None = None) -> EvaluateResult:
     """Score every model on the new task's held-out part and on every retention set, and decide the gate.
 
-    Writes evaluation/ whole or not at all: report.json, metrics.json, report.html, the pictures and plots/*.csv.
+    Writes evaluation/ whole or not at all: report.json, metrics.json, rows.json with what each row did, report.html,
+    the pictures and plots/*.csv.
     Raises RunError when the training is not complete or was of another configuration, or the dataset is missing or
     changed; ConfigError when the champion is of another base, rank or alpha; StoppedError, within a batch, when the run
     is asked to stop.
@@ -175,6 +177,7 @@ def _write(evaluation: Evaluation, more_images: Mapping[str, bytes], folder: Pat
     }
     write_json(folder / "report.json", report)
     write_json(folder / "metrics.json", flat_metrics(report))
+    write_text(folder / "rows.json", json.dumps(rows_of(evaluation.scores), allow_nan=False) + "\n")
     write_text(folder / "report.html", render_html(report, images))
     for name, png in images.items():
         write_bytes(folder / f"{name}.png", png)

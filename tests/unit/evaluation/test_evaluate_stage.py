@@ -145,13 +145,27 @@ def test_every_set_is_scored_for_every_model_and_the_files_say_the_same(
 ) -> None:
     result = evaluate(config, run, backend)
     assert set(contents(run.evaluation)) == {
-        *("report.json", "metrics.json", "report.html", "sha256.json", "loss.png", "tiers.png", "retention.png"),
+        *(
+            "report.json",
+            "metrics.json",
+            "rows.json",
+            "report.html",
+            "sha256.json",
+            "loss.png",
+            "tiers.png",
+            "retention.png",
+        ),
         *("plots/train_loss.csv", "plots/valid_loss.csv", "plots/retention.csv"),
     }
     assert list(result.scores) == ["base", "parent", "candidate"]
     assert all(list(by_set) == ["new_task", "lives", "texts"] for by_set in result.scores.values())
     report = read_json(run.evaluation / "report.json", "")
     assert report["scores"]["candidate"]["lives"]["loss"] == result.scores["candidate"]["lives"].loss
+    rows = read_json(run.evaluation / "rows.json", "")
+    assert list(rows) == ["new_task", "lives", "texts"]
+    assert all(list(by_model) == ["base", "parent", "candidate"] for by_model in rows.values())
+    right = rows["new_task"]["candidate"]["right"]
+    assert right.count("1") / len(right) == result.scores["candidate"]["new_task"].exact_match
     assert report["passed"] is result.verdict.passed
     assert report["adapters"]["candidate"] == sha256_file(run.checkpoints / "best" / "adapter_model.safetensors")
     assert report["champion_version"] is None
