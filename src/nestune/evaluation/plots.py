@@ -24,7 +24,7 @@ INK, FAINT = "#333333", "#d9d9d9"
 MODEL_COLORS = {"base": "#bbbbbb", "parent": "#56b4e9", "champion": "#0072b2", "candidate": "#e69f00"}
 WIDTH = 8.0  # inches
 DPI = 120
-LIMIT = "worst that passes"
+LIMIT = "the gate's limit"
 SHOWN_STEPS = (16, 96)  # fewest and most steps in the picture of due tiers
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib, so that every machine draws the same
@@ -104,7 +104,10 @@ def tier_updates(history: History, periods: Sequence[int | None]) -> bytes:
 
 
 def retention_bars(scores: Scores, gate: GateConfig) -> bytes:
-    """Each model's score on each set, with the worst score that passes; sets without answers by their loss."""
+    """Each model's score on each set, with the gate's limit; sets without answers by their loss.
+
+    What is beyond the limit still passes where noise explains it.
+    """
     titles = columns(scores)
     panels: dict[str, list[str]] = {}
     for name, score in sorted(scores["candidate"].items(), key=lambda item: item[1].measure):

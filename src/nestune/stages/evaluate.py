@@ -19,8 +19,9 @@ from nestune.errors import RunError
 from nestune.evaluation.gate import NEW_TASK, Verdict, decide
 from nestune.evaluation.history import History, read_history
 from nestune.evaluation.plots import loss_curves, retention_bars, tier_updates
-from nestune.evaluation.report import Evaluation, build_report, flat_metrics, render_html
+from nestune.evaluation.report import Evaluation, build_report, flat_metrics, render_html, score_as_json
 from nestune.evaluation.scores import Score, Scores, columns, rows_of, score
+from nestune.evaluation.uncertainty import score_interval
 from nestune.files import read_json, replaced_folder, sha256_file, write_bytes, write_json, write_text
 from nestune.registry.versions import Champion, fitting_champion, resolve_adapter
 from nestune.runs import RunPaths, record_stage
@@ -41,6 +42,7 @@ class EvaluateResult:
     champion_version: str | None
     scores: Scores
     page: Path
+    confidence: float
 
     def as_dict(self) -> dict[str, Any]:
         """The result as a JSON object."""
@@ -48,24 +50,32 @@ class EvaluateResult:
             **self.verdict.as_dict(),
             "champion_version": self.champion_version,
             "scores": {
-                model: {name: {"exact_match": s.exact_match, "loss": s.as_dict()["loss"]} for name, s in sets.items()}
-                for model, sets in self.scores.items()
+                model: {name: self._told(score) for name, score in sets.items()} for model, sets in self.scores.items()
             },
             "page": self.page.as_posix(),
         }
 
     def summary(self) -> list[str]:
-        """The result for a person: a row a set, exact match or else the loss, then the gate's checks."""
+        """The result for a person: a row a set, exact match or else the loss, then the gate's checks.
+
+        In brackets the candidate's interval.
+        """
         titles = columns(self.scores)
         width = max(map(len, self.scores["candidate"]))
-        rows = [" " * width + "".join(f"  {title}" for title in titles)]
+        head = "".join(f"  {title}" for title in titles)
+        rows = [f"{' ' * width}{head}  {100 * self.confidence:g} % interval"]
         for name, candidate in self.scores["candidate"].items():
             values = (f"{self.scores[model][name].value:{len(title) + 2}.3f}" for title, model in titles.items())
-            unit = "" if candidate.measure == "exact_match" else "  nats per token"
-            rows.append(f"{name:{width}}{''.join(values)}{unit}")
+            unit = "" if candidate.measure == "exact_match" else " nats per token"
+            interval = score_interval(candidate, self.confidence)
+            rows.append(f"{name:{width}}{''.join(values)}  {interval.text(3) if interval else ''}{unit}".rstrip())
         checks = [f"{'passed' if check.passed else 'FAILED'}: {check.sentence}" for check in self.verdict.checks]
         verdict = f"gate {'passed' if self.verdict.passed else 'refused'}: {self.verdict.reason}"
         return [*rows, *checks, verdict, f"report: {self.page}"]
+
+    def _told(self, score: Score) -> dict[str, Any]:
+        told = score_as_json(score, self.confidence)
+        return {key: told[key] for key in ("exact_match", "loss", "interval")}
 
 
 def evaluate(config: RunConfig, run: RunPaths, backend: Backend | None = None) -> EvaluateResult:
@@ -107,7 +117,8 @@ def evaluate(config: RunConfig, run: RunPaths, backend: Backend | None = None) -
         _write(evaluation, _importance_picture(backend, run), folder)
         seal(folder, candidate)
     record_stage(run, "evaluate", inputs=[run.dataset, candidate, run.metrics], outputs=[run.evaluation])
-    return EvaluateResult(verdict, evaluation.champion_version, scores, run.evaluation / "report.html")
+    page = run.evaluation / "report.html"
+    return EvaluateResult(verdict, evaluation.champion_version, scores, page, config.gate.confidence)
 
 
 def seal(evaluation: Path, checkpoint: Path) -> None:
