@@ -3,7 +3,7 @@
 import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -13,6 +13,9 @@ from nestune.evaluation.gate import NEW_TASK, Verdict
 from nestune.evaluation.history import History
 from nestune.evaluation.scores import Score, Scores, columns
 from nestune.evaluation.uncertainty import Interval, score_interval
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 TEMPLATE = "report.html.j2"
 DECIMALS = 3  # of the scores in the table
@@ -97,22 +100,30 @@ def render_html(report: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
 
     `images`: PNG bytes of `loss`, `tiers` and `retention`, and of `importance` where it was measured.
     """
+    titles = columns(report["scores"])
+    return (
+        page_templates()
+        .get_template(TEMPLATE)
+        .render(
+            report=report,
+            titles=list(titles),
+            table=[_table_row(report, name, titles) for name in report["scores"]["candidate"]],
+            images={name: f"data:image/png;base64,{base64.b64encode(png).decode()}" for name, png in images.items()},
+            config_yaml=yaml.safe_dump(report["config"], sort_keys=False, allow_unicode=True),
+        )
+    )
+
+
+def page_templates() -> "Environment":
+    """The templates of this package; what they are given is escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    environment = Environment(
+    return Environment(
         loader=PackageLoader("nestune.evaluation", ""),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-    )
-    titles = columns(report["scores"])
-    return environment.get_template(TEMPLATE).render(
-        report=report,
-        titles=list(titles),
-        table=[_table_row(report, name, titles) for name in report["scores"]["candidate"]],
-        images={name: f"data:image/png;base64,{base64.b64encode(png).decode()}" for name, png in images.items()},
-        config_yaml=yaml.safe_dump(report["config"], sort_keys=False, allow_unicode=True),
     )
 
 

@@ -58,8 +58,8 @@ def gain_interval(candidate: Score, reference: Score, confidence: float = CONFID
     return -difference if candidate.measure == "loss" else difference
 
 
-def resampled_scores(models: Sequence[Outcomes], resamples: int = RESAMPLES, seed: int = 0) -> NDArray[np.float64]:
-    """Scores (resamples, models) of several models on the same rows, each time on the same draw of them.
+def resampled_scores(models: Sequence[Outcomes], seed: int | Sequence[int] = 0) -> NDArray[np.float64]:
+    """Scores (RESAMPLES, models) of several models on the same rows, each time on the same draw of them.
 
     Rows that came out alike for every model are interchangeable, so how often each kind is drawn is drawn at once
     (multinomial): the same distribution as that of drawing row by row. Raises ValueError for outcomes of other rows.
@@ -68,7 +68,7 @@ def resampled_scores(models: Sequence[Outcomes], resamples: int = RESAMPLES, see
         raise ValueError("outcomes of different rows cannot be compared row by row")
     rows = np.array([models[0].weights, *(model.amounts for model in models)], dtype=np.float64)
     kinds, counts = np.unique(rows, axis=1, return_counts=True)
-    drawn = np.random.default_rng(seed).multinomial(counts.sum(), counts / counts.sum(), size=resamples)
+    drawn = np.random.default_rng(seed).multinomial(counts.sum(), counts / counts.sum(), size=RESAMPLES)
     sums: NDArray[np.float64] = drawn @ kinds.T
     return sums[:, 1:] / sums[:, :1]
 
