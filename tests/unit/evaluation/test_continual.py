@@ -52,6 +52,12 @@ def test_forgetting_looks_for_the_best_score_that_was_ever_reached() -> None:
     assert float(found["backward_transfer"]) == pytest.approx(((0.6 - 0.5) + 0) / 2)
 
 
+def test_a_task_that_ends_better_than_it_ever_was_is_forgotten_by_less_than_nothing() -> None:
+    """The maximum is over what was before the last task (Chaudhry et al.), so it may be below the end."""
+    scores = np.array([[0.0, 0.0], [0.5, 0.0], [0.8, 0.5]])
+    assert float(metrics_of(scores)["forgetting"]) == pytest.approx(0.5 - 0.8)
+
+
 def test_of_one_task_there_is_no_transfer() -> None:
     assert list(metrics_of(np.array([[0.1], [0.8]]))) == ["average_accuracy"]
 
