@@ -13,19 +13,18 @@ from nestune.backends.base import Backend
 from nestune.backends.factory import make_backend
 from nestune.base_model import resolve_base
 from nestune.config import RunConfig
-from nestune.data.dataset import load_dataset
-from nestune.data.tokens import Row, Tokenizer, load_tokenizer
 from nestune.errors import RunError
-from nestune.evaluation.gate import NEW_TASK, Verdict, decide
+from nestune.evaluation.gate import Verdict, decide
 from nestune.evaluation.history import History, read_history
 from nestune.evaluation.plots import loss_curves, retention_bars, tier_updates
 from nestune.evaluation.report import Evaluation, build_report, flat_metrics, render_html, score_as_json
-from nestune.evaluation.scores import Score, Scores, columns, rows_of, score
+from nestune.evaluation.scores import Score, Scores, columns, rows_of
 from nestune.evaluation.uncertainty import score_interval
 from nestune.files import read_json, replaced_folder, sha256_file, write_bytes, write_json, write_text
 from nestune.registry.versions import Champion, fitting_champion, resolve_adapter
 from nestune.runs import RunPaths, record_stage
 from nestune.stages.assign import importance_behind
+from nestune.stages.scoring import HeldOut, candidate_folder, read_held_out, score_adapter
 from nestune.stopping import StopRequests
 from nestune.tiers.importance_picture import plot_importance
 from nestune.training.start import check_trained
@@ -87,19 +86,17 @@ def evaluate(config: RunConfig, run: RunPaths, backend: Backend | None = None) -
     changed; ConfigError when the champion is of another base, rank or alpha; StoppedError, within a batch, when the run
     is asked to stop.
     """
-    candidate = run.checkpoints / config.evaluation.checkpoint
+    candidate = candidate_folder(config, run)
     check_trained(config, run)
     base = resolve_base(config.model)
     current = fitting_champion(config, base)
     folders = _adapter_folders(config, candidate, current)
     history = read_history(run.metrics)
-    tokenizer = load_tokenizer(base.folder)
-    row_limit = base.row_limit(config.data.max_seq_length)
-    dataset = load_dataset(config.data, config.retention.replay, tokenizer, row_limit, run.dataset, base.vocabulary)
-    sets = {NEW_TASK: dataset.valid, **dataset.retention}
+    held_out = read_held_out(config, run, base)
+    dataset, sets = held_out.dataset, held_out.sets
     backend = backend or make_backend(config)
     adapters = {model: sha256_file(weights_file(folder)) if folder else None for model, folder in folders.items()}
-    scores = _score_once(backend, folders, adapters, sets, tokenizer, config, StopRequests(run))
+    scores = _score_once(backend, folders, adapters, held_out, config, StopRequests(run))
     verdict = decide(scores, config.gate)
     evaluation = Evaluation(
         config=config,
@@ -153,8 +150,7 @@ def _score_once(
     backend: Backend,
     folders: Mapping[str, Path | None],
     adapters: Mapping[str, str | None],
-    sets: Mapping[str, Sequence[Row]],
-    tokenizer: Tokenizer,
+    held_out: HeldOut,
     config: RunConfig,
     stop: StopRequests,
 ) -> dict[str, dict[str, Score]]:
@@ -162,10 +158,7 @@ def _score_once(
     scored: dict[str | None, dict[str, Score]] = {}
     for model, folder in folders.items():
         if adapters[model] not in scored:
-            backend.load_adapter(folder)
-            scored[adapters[model]] = {
-                name: score(backend, rows, tokenizer, config.evaluation, stop) for name, rows in sets.items()
-            }
+            scored[adapters[model]] = score_adapter(backend, folder, held_out.sets, held_out.tokenizer, config, stop)
     return {model: scored[adapters[model]] for model in folders}
 
 

@@ -14,6 +14,7 @@ from nestune.registry.versions import aliases_of, promote_version, register_vers
 from nestune.runs import RunPaths, record_stage
 from nestune.stages.assign import importance_behind
 from nestune.stages.evaluate import EVALUATE_AGAIN, check_seal
+from nestune.stages.scoring import candidate_folder
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def register(config: RunConfig, run: RunPaths) -> RegisterResult:
     A candidate that the gate refused, or whose champion has changed since, is registered and marked, not promoted.
     Raises RunError when the report is not of the checkpoint as it is now, ServiceError when MLflow fails.
     """
-    checkpoint = run.checkpoints / config.evaluation.checkpoint
+    checkpoint = candidate_folder(config, run)
     report = read_json(run.evaluation / "report.json", "Run nestune evaluate first.")
     check_seal(run.evaluation, checkpoint)
     write_text(run.config, dump_config(config))
