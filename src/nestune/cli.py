@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from nestune.errors import NestuneError, StoppedError
+from nestune.errors import ConfigError, NestuneError, StoppedError
 
 if TYPE_CHECKING:
     from nestune.config import RunConfig
@@ -51,7 +51,15 @@ def main(arguments: list[str] | None = None) -> int:
     from nestune.environment import set_defaults
 
     set_defaults()
-    return exit_code_of(lambda: _of_a_run(options) if options.command in OF_A_RUN else _run(options))
+    return exit_code_of(lambda: _action(options)(options))
+
+
+def _action(options: argparse.Namespace) -> Callable[[argparse.Namespace], None]:
+    if options.command in OF_A_RUN:
+        return _of_a_run
+    if options.command == "evaluate" and (options.adapter or options.out):
+        return _evaluate_adapter
+    return _run
 
 
 def exit_code_of(action: Callable[[], object]) -> int:
@@ -100,6 +108,15 @@ def add_run_options(parser: argparse.ArgumentParser, trains: bool) -> None:
         )
 
 
+def _add_evaluate_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--adapter",
+        metavar="ADAPTER",
+        help="score only this one, on the same sets, with no gate: a folder, models:/<name>@<alias>, or base",
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="with --adapter: write the scores there as JSON")
+
+
 def _add_export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", required=True, choices=FORMATS, help="what the adapter becomes")
     which = parser.add_mutually_exclusive_group()
@@ -146,6 +163,21 @@ def _run(options: argparse.Namespace) -> None:
         print(json.dumps(results if options.command == "run" else results[options.command], indent=2))
 
 
+def _evaluate_adapter(options: argparse.Namespace) -> None:
+    from nestune.config import load_config
+    from nestune.runs import RunPaths
+    from nestune.stages.evaluate_adapter import evaluate_adapter
+
+    if options.adapter is None:
+        raise ConfigError("--out goes with --adapter; the evaluation of a run is in runs/<name>/evaluation")
+    config = load_config(options.config, options.set, options.name)
+    _print(evaluate_adapter(config, RunPaths.of(config.name), options.adapter, options.out), options)
+
+
+def _print(result: Result, options: argparse.Namespace) -> None:
+    print(json.dumps(result.as_dict(), indent=2) if options.json else "\n".join(result.summary()))
+
+
 def _of_a_run(options: argparse.Namespace) -> None:
     from nestune.runs import RunPaths
 
@@ -159,7 +191,7 @@ def _of_a_run(options: argparse.Namespace) -> None:
 
         assert run is not None, "the parser asks for it"
         result = stop(run, options.wait)
-    print(json.dumps(result.as_dict(), indent=2) if options.json else "\n".join(result.summary()))
+    _print(result, options)
 
 
 def _stage(name: str, options: argparse.Namespace) -> Callable[["RunConfig", "RunPaths"], Result]:
@@ -204,6 +236,8 @@ def _parser() -> argparse.ArgumentParser:
             add_run_options(command, trains=name in ("train", "run"))
         if name == "stop":
             command.add_argument("--wait", type=float, default=60.0, metavar="S", help="seconds to wait; default 60")
+        if name == "evaluate":
+            _add_evaluate_options(command)
         if name == "export":
             _add_export_options(command)
         command.add_argument("--json", action="store_true", help="print the result as JSON")

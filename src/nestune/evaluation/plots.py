@@ -25,7 +25,7 @@ MODEL_COLORS = {"base": "#bbbbbb", "parent": "#56b4e9", "champion": "#0072b2", "
 MODEL_COLORS["uncompressed"] = "#cc79a7"
 WIDTH = 8.0  # inches
 DPI = 120
-LIMIT = "worst that passes"
+LIMIT = "the gate's limit"
 CHOSEN: dict[str, Any] = {"color": MODEL_COLORS["candidate"], "marker": "o", "markersize": 10, "linestyle": "none"}
 SHOWN_STEPS = (16, 96)  # fewest and most steps in the picture of due tiers
 STYLE: dict[Any, Any] = {
@@ -48,7 +48,7 @@ STYLE: dict[Any, Any] = {
 
 def loss_curves(history: History) -> bytes:
     """The training loss of each step, thin, its running mean, and the validation loss."""
-    with _picture(height=3.6) as (figure, png):
+    with picture(height=3.6) as (figure, png):
         axes = figure.subplots()
         window = max(1, len(history.steps) // 30)
         axes.plot(history.steps, history.loss, color=MODEL_COLORS["champion"], linewidth=0.6, alpha=0.35)
@@ -78,7 +78,7 @@ def tier_updates(history: History, periods: Sequence[int | None]) -> bytes:
     """Which tiers were due at each of the first steps, and how often each was updated over all of them."""
     tiers, steps = range(len(periods)), history.steps
     shown = min(len(steps), max(SHOWN_STEPS[0], min(2 * max(filter(None, periods)), SHOWN_STEPS[1])))
-    with _picture(height=2.0 + 0.5 * len(tiers)) as (figure, png):
+    with picture(height=2.0 + 0.5 * len(tiers)) as (figure, png):
         due, counts = figure.subplots(1, 2, width_ratios=(1.4, 1))
         for tier in tiers:
             color = TIER_COLORS[tier]
@@ -106,13 +106,16 @@ def tier_updates(history: History, periods: Sequence[int | None]) -> bytes:
 
 
 def retention_bars(scores: Scores, gate: GateConfig) -> bytes:
-    """Each model's score on each set, with the worst score that passes; sets without answers by their loss."""
+    """Each model's score on each set, with the gate's limit; sets without answers by their loss.
+
+    What is beyond the limit still passes where noise explains it.
+    """
     titles = columns(scores)
     panels: dict[str, list[str]] = {}
     for name, score in sorted(scores["candidate"].items(), key=lambda item: item[1].measure):
         panels.setdefault(score.measure, []).append(name)
     sizes = [len(names) for names in panels.values()]
-    with _picture(height=sum(sizes) * (0.2 * len(titles) + 0.25) + len(sizes) * 0.6 + 0.4) as (figure, png):
+    with picture(height=sum(sizes) * (0.2 * len(titles) + 0.25) + len(sizes) * 0.6 + 0.4) as (figure, png):
         column = figure.subplots(len(panels), 1, squeeze=False, height_ratios=sizes)[:, 0]
         for axes, (measure, names) in zip(column, panels.items(), strict=True):
             for place, name in enumerate(names):
@@ -139,7 +142,7 @@ def strength_curve(strength: Mapping[str, Any]) -> bytes:
     """Learning and divergence from the parent over the factor, with the one that was chosen; as `strength.json`."""
     curve = strength["curve"]
     factors = [point["factor"] for point in curve]
-    with _picture(height=3.4) as (figure, png):
+    with picture(height=3.4) as (figure, png):
         learned, apart = figure.subplots(1, 2)
         label = "exact match" if strength["measure"] == "exact_match" else "nats per token"
         parts = (
@@ -185,7 +188,7 @@ def _draw_set(axes: "Axes", place: int, name: str, titles: Mapping[str, str], sc
 
 
 @contextmanager
-def _picture(height: float) -> Iterator[tuple["Figure", io.BytesIO]]:
+def picture(height: float) -> Iterator[tuple["Figure", io.BytesIO]]:
     """A figure to draw on, and the PNG that it becomes when the block ends."""
     import matplotlib
     from matplotlib.figure import Figure

@@ -1,9 +1,9 @@
 """The report of an evaluation: as JSON for programs, as flat metrics for DVC, as one page for people."""
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -11,7 +11,11 @@ from nestune.base_model import BaseModel
 from nestune.config import RunConfig
 from nestune.evaluation.gate import NEW_TASK, Verdict
 from nestune.evaluation.history import History
-from nestune.evaluation.scores import Scores, columns
+from nestune.evaluation.scores import Score, Scores, columns
+from nestune.evaluation.uncertainty import Interval, score_interval
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 TEMPLATE = "report.html.j2"
 DECIMALS = 3  # of the scores in the table
@@ -45,7 +49,8 @@ def build_report(evaluation: Evaluation) -> dict[str, Any]:
     """The report as a JSON object; equal for equal inputs, as it holds no times and no places."""
     config, base, history = evaluation.config, evaluation.base, evaluation.history
     scores = {
-        model: {name: score.as_dict() for name, score in by_set.items()} for model, by_set in evaluation.scores.items()
+        model: {name: score_as_json(score, config.gate.confidence) for name, score in by_set.items()}
+        for model, by_set in evaluation.scores.items()
     }
     wrong_answers = {name: score["examples"] for name, score in scores["candidate"].items() if score["examples"]}
     return {
@@ -76,6 +81,12 @@ def build_report(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
+def score_as_json(score: Score, confidence: float) -> dict[str, Any]:
+    """A score with the interval of what its set is judged by: both ends, None where its rows are not known."""
+    interval = score_interval(score, confidence)
+    return score.as_dict() | {"interval": interval.as_list() if interval else None}
+
+
 def flat_metrics(report: Mapping[str, Any]) -> dict[str, Any]:
     """The candidate's numbers and the verdict, as `dvc metrics show` lists them."""
     numbers = {
@@ -95,22 +106,30 @@ def render_html(report: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
     `images`: PNG bytes of `loss`, `tiers` and `retention`, of `importance` where it was measured, and of `strength`
     where it was chosen.
     """
+    titles = columns(report["scores"])
+    return (
+        page_templates()
+        .get_template(TEMPLATE)
+        .render(
+            report=report,
+            titles=list(titles),
+            table=[_table_row(report, name, titles) for name in report["scores"]["candidate"]],
+            images={name: f"data:image/png;base64,{base64.b64encode(png).decode()}" for name, png in images.items()},
+            config_yaml=yaml.safe_dump(report["config"], sort_keys=False, allow_unicode=True),
+        )
+    )
+
+
+def page_templates() -> "Environment":
+    """The templates of this package; what they are given is escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    environment = Environment(
+    return Environment(
         loader=PackageLoader("nestune.evaluation", ""),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-    )
-    titles = columns(report["scores"])
-    return environment.get_template(TEMPLATE).render(
-        report=report,
-        titles=list(titles),
-        table=[_table_row(report, name, titles) for name in report["scores"]["candidate"]],
-        images={name: f"data:image/png;base64,{base64.b64encode(png).decode()}" for name, png in images.items()},
-        config_yaml=yaml.safe_dump(report["config"], sort_keys=False, allow_unicode=True),
     )
 
 
@@ -138,10 +157,27 @@ def _table_row(report: Mapping[str, Any], set_name: str, titles: Mapping[str, st
         "set": set_name,
         "rows": report["dataset"]["rows"][set_name],
         "measure": "exact match" if has_answers else "loss",
-        "cells": [_cell(of_model[model], has_answers, sign="") for model in titles.values()],
-        "change": _cell(differences, has_answers, sign="+"),
+        "cells": [
+            _cell(of_model[model], has_answers, sign="") | {"interval": _interval(of_model[model]["interval"], sign="")}
+            for model in titles.values()
+        ],
+        "change": _cell(differences, has_answers, sign="+") | {"interval": _interval_of_change(report, set_name)},
         "direction": _direction(differences, has_answers),
     }
+
+
+def _interval(ends: Sequence[float] | None, sign: str) -> str:
+    return Interval(*ends).text(DECIMALS, sign).replace("-", "−") if ends else ""
+
+
+def _interval_of_change(report: Mapping[str, Any], set_name: str) -> str:
+    """Between what the candidate's score less that of the model compared with lies, as the gate has found."""
+    for check in report["checks"]:
+        if (check["set"], check["against"]) == (set_name, report["compared_with"]) and check["interval"]:
+            interval = Interval(*check["interval"])
+            rose = (check["rule"] == "learned") == (check["measure"] == "exact_match")
+            return _interval((interval if rose else -interval).as_list(), sign="+")
+    return ""
 
 
 def _cell(numbers: Mapping[str, Any], has_answers: bool, sign: str) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,19 +13,19 @@ from nestune.backends.base import Backend
 from nestune.backends.factory import make_backend
 from nestune.base_model import resolve_base
 from nestune.config import RunConfig
-from nestune.data.dataset import load_dataset
-from nestune.data.tokens import Row, Tokenizer, load_tokenizer
 from nestune.errors import RunError
-from nestune.evaluation.gate import NEW_TASK, Verdict, decide
+from nestune.evaluation.gate import Verdict, decide
 from nestune.evaluation.history import History, read_history
 from nestune.evaluation.plots import loss_curves, retention_bars, strength_curve, tier_updates
-from nestune.evaluation.report import Evaluation, build_report, flat_metrics, render_html
-from nestune.evaluation.scores import Score, Scores, columns, score
+from nestune.evaluation.report import Evaluation, build_report, flat_metrics, render_html, score_as_json
+from nestune.evaluation.scores import Score, Scores, columns, rows_of
+from nestune.evaluation.uncertainty import score_interval
 from nestune.files import read_json, replaced_folder, sha256_file, write_bytes, write_json, write_text
 from nestune.registry.versions import Champion, fitting_champion, resolve_adapter
 from nestune.runs import RunPaths, record_stage
 from nestune.stages.assign import importance_behind
 from nestune.stages.candidate import UNCOMPRESSED, check_candidate, read_strength
+from nestune.stages.scoring import HeldOut, read_held_out, score_adapter
 from nestune.stopping import StopRequests
 from nestune.tiers.importance_picture import plot_importance
 from nestune.training.start import check_trained
@@ -41,6 +42,7 @@ class EvaluateResult:
     champion_version: str | None
     scores: Scores
     page: Path
+    confidence: float
 
     def as_dict(self) -> dict[str, Any]:
         """The result as a JSON object."""
@@ -48,30 +50,39 @@ class EvaluateResult:
             **self.verdict.as_dict(),
             "champion_version": self.champion_version,
             "scores": {
-                model: {name: {"exact_match": s.exact_match, "loss": s.as_dict()["loss"]} for name, s in sets.items()}
-                for model, sets in self.scores.items()
+                model: {name: self._told(score) for name, score in sets.items()} for model, sets in self.scores.items()
             },
             "page": self.page.as_posix(),
         }
 
     def summary(self) -> list[str]:
-        """The result for a person: a row a set, exact match or else the loss, then the gate's checks."""
+        """The result for a person: a row a set, exact match or else the loss, then the gate's checks.
+
+        In brackets the candidate's interval.
+        """
         titles = columns(self.scores)
         width = max(map(len, self.scores["candidate"]))
-        rows = [" " * width + "".join(f"  {title}" for title in titles)]
+        head = "".join(f"  {title}" for title in titles)
+        rows = [f"{' ' * width}{head}  {100 * self.confidence:g} % interval"]
         for name, candidate in self.scores["candidate"].items():
             values = (f"{self.scores[model][name].value:{len(title) + 2}.3f}" for title, model in titles.items())
-            unit = "" if candidate.measure == "exact_match" else "  nats per token"
-            rows.append(f"{name:{width}}{''.join(values)}{unit}")
+            unit = "" if candidate.measure == "exact_match" else " nats per token"
+            interval = score_interval(candidate, self.confidence)
+            rows.append(f"{name:{width}}{''.join(values)}  {interval.text(3) if interval else ''}{unit}".rstrip())
         checks = [f"{'passed' if check.passed else 'FAILED'}: {check.sentence}" for check in self.verdict.checks]
         verdict = f"gate {'passed' if self.verdict.passed else 'refused'}: {self.verdict.reason}"
         return [*rows, *checks, verdict, f"report: {self.page}"]
+
+    def _told(self, score: Score) -> dict[str, Any]:
+        told = score_as_json(score, self.confidence)
+        return {key: told[key] for key in ("exact_match", "loss", "interval")}
 
 
 def evaluate(config: RunConfig, run: RunPaths, backend: Backend | None = None) -> EvaluateResult:
     """Score every model on the new task's held-out part and on every retention set, and decide the gate.
 
-    Writes evaluation/ whole or not at all: report.json, metrics.json, report.html, the pictures and plots/*.csv.
+    Writes evaluation/ whole or not at all: report.json, metrics.json, rows.json with what each row did, report.html,
+    the pictures and plots/*.csv.
     Raises RunError when the training is not complete or was of another configuration, its candidate or the dataset is
     missing or changed; ConfigError when the champion is of another base; StoppedError, within a batch, when the run is
     asked to stop.
@@ -83,13 +94,11 @@ def evaluate(config: RunConfig, run: RunPaths, backend: Backend | None = None) -
     current = fitting_champion(config, base)
     folders = _adapter_folders(config, candidate, current)
     history = read_history(run.metrics)
-    tokenizer = load_tokenizer(base.folder)
-    row_limit = base.row_limit(config.data.max_seq_length)
-    dataset = load_dataset(config.data, config.retention, tokenizer, row_limit, run.dataset, base.vocabulary)
-    sets = {NEW_TASK: dataset.scored, **dataset.retention}
+    held_out = read_held_out(config, run, base)
+    dataset, sets = held_out.dataset, held_out.sets
     backend = backend or make_backend(config)
     adapters = {model: sha256_file(weights_file(folder)) if folder else None for model, folder in folders.items()}
-    scores = _score_once(backend, folders, adapters, sets, tokenizer, config, StopRequests(run))
+    scores = _score_once(backend, folders, adapters, held_out, config, StopRequests(run))
     verdict = decide(scores, config.gate)
     metadata = read_json(candidate / METADATA, "Run nestune train again.")
     evaluation = Evaluation(
@@ -110,7 +119,8 @@ def evaluate(config: RunConfig, run: RunPaths, backend: Backend | None = None) -
         _write(evaluation, _importance_picture(backend, run), folder)
         seal(folder, candidate)
     record_stage(run, "evaluate", inputs=[run.dataset, candidate, run.metrics], outputs=[run.evaluation])
-    return EvaluateResult(verdict, evaluation.champion_version, scores, run.evaluation / "report.html")
+    page = run.evaluation / "report.html"
+    return EvaluateResult(verdict, evaluation.champion_version, scores, page, config.gate.confidence)
 
 
 def seal(evaluation: Path, checkpoint: Path) -> None:
@@ -147,8 +157,7 @@ def _score_once(
     backend: Backend,
     folders: Mapping[str, Path | None],
     adapters: Mapping[str, str | None],
-    sets: Mapping[str, Sequence[Row]],
-    tokenizer: Tokenizer,
+    held_out: HeldOut,
     config: RunConfig,
     stop: StopRequests,
 ) -> dict[str, dict[str, Score]]:
@@ -156,10 +165,7 @@ def _score_once(
     scored: dict[str | None, dict[str, Score]] = {}
     for model, folder in folders.items():
         if adapters[model] not in scored:
-            backend.show_adapter(folder)
-            scored[adapters[model]] = {
-                name: score(backend, rows, tokenizer, config.evaluation, stop) for name, rows in sets.items()
-            }
+            scored[adapters[model]] = score_adapter(backend, folder, held_out.sets, held_out.tokenizer, config, stop)
     return {model: scored[adapters[model]] for model in folders}
 
 
@@ -183,6 +189,7 @@ def _write(evaluation: Evaluation, more_images: Mapping[str, bytes], folder: Pat
     }
     write_json(folder / "report.json", report)
     write_json(folder / "metrics.json", flat_metrics(report))
+    write_text(folder / "rows.json", json.dumps(rows_of(evaluation.scores), allow_nan=False) + "\n")
     write_text(folder / "report.html", render_html(report, images))
     for name, png in images.items():
         write_bytes(folder / f"{name}.png", png)

@@ -78,4 +78,4 @@ def _report(inputs: TrainingInputs, written: SelfWritten) -> dict[str, Any]:
 
 
 def _scored(inputs: TrainingInputs) -> dict[str, Sequence[Row]]:
-    return {"new_task": inputs.dataset.valid, **inputs.dataset.retention}
+    return {"new_task": inputs.dataset.scored, **inputs.dataset.retention}

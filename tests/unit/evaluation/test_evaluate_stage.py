@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from nestune.registry.versions import promote_version, register_version
 from nestune.runs import RunPaths
 from nestune.stages.candidate import make_candidate
 from nestune.stages.evaluate import evaluate
+from nestune.stages.evaluate_adapter import evaluate_adapter
 from nestune.stages.inputs import read_training_inputs
 from nestune.stopping import StopRequests
 from nestune.training.best_loss import BestLoss
@@ -149,13 +151,27 @@ def test_every_set_is_scored_for_every_model_and_the_files_say_the_same(
 ) -> None:
     result = evaluate(config, run, backend)
     assert set(contents(run.evaluation)) == {
-        *("report.json", "metrics.json", "report.html", "sha256.json", "loss.png", "tiers.png", "retention.png"),
+        *(
+            "report.json",
+            "metrics.json",
+            "rows.json",
+            "report.html",
+            "sha256.json",
+            "loss.png",
+            "tiers.png",
+            "retention.png",
+        ),
         *("plots/train_loss.csv", "plots/valid_loss.csv", "plots/retention.csv"),
     }
     assert list(result.scores) == ["base", "parent", "candidate"]
     assert all(list(by_set) == ["new_task", "lives", "texts"] for by_set in result.scores.values())
     report = read_json(run.evaluation / "report.json", "")
     assert report["scores"]["candidate"]["lives"]["loss"] == result.scores["candidate"]["lives"].loss
+    rows = read_json(run.evaluation / "rows.json", "")
+    assert list(rows) == ["new_task", "lives", "texts"]
+    assert all(list(by_model) == ["base", "parent", "candidate"] for by_model in rows.values())
+    right = rows["new_task"]["candidate"]["right"]
+    assert right.count("1") / len(right) == result.scores["candidate"]["new_task"].exact_match
     assert report["passed"] is result.verdict.passed
     assert report["adapters"]["candidate"] == sha256_file(run.candidate / "adapter_model.safetensors")
     assert report["champion_version"] is None
@@ -201,6 +217,36 @@ def test_a_champion_on_another_base_is_an_error_that_names_the_remedy(
     on_other = config.model_copy(update={"model": config.model.model_copy(update={"base": str(other)})})
     with pytest.raises(ConfigError, match=f"version {champion}, cannot be compared.*trained on.*registered_model"):
         evaluate(on_other, as_trained_with(on_other, run, tmp_path / "copy"))
+
+
+def test_any_adapter_is_scored_as_in_an_evaluation_and_the_run_stays_as_it_is(
+    config: RunConfig, run: RunPaths, backend: Counting, champion: str, tmp_path: Path
+) -> None:
+    evaluated = evaluate(config, run, backend)
+    before = contents(run.root)
+    name = config.registry.registered_model
+    addresses = {
+        "base": "base",
+        str(run.checkpoints / "best"): "candidate",
+        f"models:/{name}@champion": "champion",
+        f"models:/{name}/{champion}": "champion",
+    }
+    for address, model in addresses.items():
+        out = tmp_path / "scores.json"
+        result = evaluate_adapter(config, run, address, out, backend)
+        assert result.scores == evaluated.scores[model]
+        written = read_json(out, "")
+        assert written.pop("rows") == {
+            set_name: by_model[model] for set_name, by_model in read_json(run.evaluation / "rows.json", "").items()
+        }
+        assert written == json.loads(json.dumps(result.as_dict(), allow_nan=False))
+        assert written["adapter_sha256"] == read_json(run.evaluation / "report.json", "")["adapters"][model]
+        lines = result.summary()
+        assert re.fullmatch(r"new_task +\d\.\d{3} \[\d\.\d{3}, \d\.\d{3}\] of 6 answers exact", lines[1])
+        assert re.fullmatch(r"texts +\d+\.\d{3} \[\d+\.\d{3}, \d+\.\d{3}\] nats per token", lines[3])
+    assert contents(run.root) == before
+    with pytest.raises(ConfigError, match="no such folder"):
+        evaluate_adapter(config, run, str(tmp_path / "nothing"), backend=backend)
 
 
 def test_the_same_inputs_give_the_same_bytes(config: RunConfig, run: RunPaths) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from nestune.config import GateConfig
 from nestune.errors import RunError
 from nestune.evaluation.gate import decide, lowest_passing
-from nestune.evaluation.scores import Score
+from nestune.evaluation.scores import Outcomes, Score
 
 GATE = GateConfig(min_gain=0.05, min_loss_gain=0.0, max_drop=0.05, max_loss_rise=0.1)
 LENIENT = GATE.model_copy(update={"require_retention": False})
@@ -297,3 +297,101 @@ def test_every_verdict_has_a_reason_of_one_line_and_each_check_a_sentence(
     for check in verdict.checks:
         assert check.sentence.startswith(f"{check.set}: ")
         assert f"the {check.rule.against}'s" in check.sentence
+
+
+def counted(both: int, lost: int, gained: int, neither: int) -> dict[str, Score]:
+    """Parent and candidate on rows of four kinds: both are right, the parent alone, the candidate alone, neither."""
+    parent = [True] * (both + lost) + [False] * (gained + neither)
+    candidate = [True] * both + [False] * lost + [True] * gained + [False] * neither
+    return {
+        model: replace(answered(sum(right) / len(right)), answers=len(right), outcomes=Outcomes.of_answers(right))
+        for model, right in {"parent": parent, "candidate": candidate}.items()
+    }
+
+
+SURE = counted(0, 0, 188, 12)  # +0.94 on 200 rows
+
+
+def test_a_drop_beyond_its_limit_that_noise_explains_does_not_fail() -> None:
+    """18 rows lost and 6 won of 200: -0.06, where the standard error is sqrt(24) / 200 = 0.024; of 20, 0.08."""
+    sure = decide(scores(SURE, general=counted(170, 18, 6, 6)), GATE)
+    assert sure.reason == "forgot: general -0.06 [-0.11, -0.01] (allowed 0.05 below the parent)"
+    unsure = decide(scores(SURE, general=counted(14, 3, 1, 2)), GATE)
+    assert unsure.passed
+    assert unsure.reason == (
+        "learned +0.94 [+0.91, +0.97] on new_task; "
+        "largest drop 0.10 [-0.10, 0.30] on general, below the parent, within noise"
+    )
+    (check,) = [check for check in unsure.checks if check.set == "general"]
+    assert check.within_noise
+    assert check.sentence == (
+        "general: exact match 0.75, 0.10 below the parent's 0.85 (95 % interval [-0.10, 0.30]); "
+        "at most 0.05 below is allowed, and this drop is within noise"
+    )
+
+
+def test_a_gain_that_noise_explains_is_nothing_learned() -> None:
+    """12 rows won and 2 lost of 50: +0.20; 6 and 2 of 50: +0.08, where the standard error is sqrt(8) / 50 = 0.057."""
+    assert decide(scores(counted(10, 2, 12, 26)), LENIENT).passed
+    verdict = decide(scores(counted(10, 2, 6, 32)), LENIENT)
+    assert verdict.reason == (
+        "did not learn: new_task +0.08 [-0.02, +0.20], within noise (asked 0.05 above the parent)"
+    )
+    assert verdict.checks[0].sentence == (
+        "new_task: exact match 0.32, 0.08 above the parent's 0.24 (95 % interval [-0.02, 0.20]); "
+        "at least 0.05 above is asked, and this gain is within noise"
+    )
+    assert verdict.checks[0].as_dict()["interval"] == [pytest.approx(-0.02), pytest.approx(0.20)]
+
+
+def test_where_no_gain_is_asked_noise_does_not_matter() -> None:
+    assert decide(scores(counted(10, 2, 2, 36)), LENIENT.model_copy(update={"min_gain": 0.0})).passed
+
+
+def test_how_sure_it_must_be_is_configured() -> None:
+    """+0.08 with a standard error of 0.057 is beyond noise for an interval of 80 %, that is 1.28 of them."""
+    pair = scores(counted(10, 2, 6, 32))
+    assert not decide(pair, LENIENT).passed
+    verdict = decide(pair, LENIENT.model_copy(update={"confidence": 0.8}))
+    assert verdict.passed
+    assert "(80 % interval [" in verdict.checks[0].sentence
+
+
+@given(both=st.integers(0, 60), lost=st.integers(0, 60), gained=st.integers(0, 60), neither=st.integers(1, 60))
+def test_noise_only_ever_forgives_a_drop_and_denies_a_gain(both: int, lost: int, gained: int, neither: int) -> None:
+    pair = counted(both, lost, gained, neither)
+    exact = {model: replace(score, outcomes=None) for model, score in pair.items()}
+    kept, kept_exactly = (decide(scores(SURE, general=of), GATE).passed for of in (pair, exact))
+    learned, learned_exactly = (decide(scores(of), LENIENT).passed for of in (pair, exact))
+    assert kept >= kept_exactly
+    assert learned <= learned_exactly
+    if gained == 0 and lost >= 10:
+        assert kept is kept_exactly  # nothing but losses, ten of them, are no noise
+
+
+@pytest.mark.parametrize(
+    ("candidate", "passes"), [(0.361, True), (0.35, False)]
+)  # 10 % below 0.40 is 0.36, where 0.05 below it would be 0.35
+def test_a_limit_may_be_a_share_of_what_is_compared_with(candidate: float, passes: bool) -> None:
+    gate = GATE.model_copy(update={"max_relative_drop": 0.1})
+    verdict = decide(scores(LEARNED, general={"parent": answered(0.4), "candidate": answered(candidate)}), gate)
+    assert verdict.passed is passes
+    if not passes:
+        assert verdict.reason == "forgot: general -0.05 (allowed 10 % below the parent)"
+        assert verdict.checks[1].sentence == (
+            "general: exact match 0.35, 0.05 below the parent's 0.40; at most 0.04 below, 10 % of that, is allowed"
+        )
+    prose = {"parent": text(2.0), "candidate": text(2.25)}
+    assert decide(scores(LEARNED, prose=prose), gate).reason == (
+        "forgot: prose loss +0.25 (allowed 10 % above the parent)"
+    )
+
+
+@pytest.mark.parametrize(("candidate", "passes"), [(0.71, True), (0.69, False)])  # half of the 0.6 that 0.4 lacks
+def test_a_gain_may_be_asked_as_a_share_of_what_is_lacking(candidate: float, passes: bool) -> None:
+    gate = LENIENT.model_copy(update={"min_relative_gain": 0.5})
+    verdict = decide(scores({"parent": answered(0.4), "candidate": answered(candidate)}), gate)
+    assert verdict.passed is passes
+    assert verdict.checks[0].sentence.endswith("; at least 0.30 above, 50 % of what the parent lacks, is asked")
+    assert decide(scores({"parent": text(2.0), "candidate": text(0.9)}), gate).passed
+    assert not decide(scores({"parent": text(2.0), "candidate": text(1.1)}), gate).passed

@@ -12,7 +12,7 @@ from nestune.config import RunConfig
 from nestune.evaluation.gate import decide
 from nestune.evaluation.history import History
 from nestune.evaluation.report import Evaluation, build_report, flat_metrics, render_html
-from nestune.evaluation.scores import Example, Score, columns
+from nestune.evaluation.scores import Example, Outcomes, Score, columns
 
 CONFIG = RunConfig.model_validate({"name": "weekly", "model": {"base": "base"}, "data": {"train": ["new.jsonl"]}})
 HISTORY = History((1, 2), (2.0, 1.0), (frozenset({0}), frozenset({0, 1})), ((1, 0, 0), (2, 1, 0)), (2,), (1.1,))
@@ -47,7 +47,12 @@ def test_the_report_is_json_and_holds_the_verdict_and_what_it_rests_on() -> None
     assert report["passed"] is False
     assert report["reason"] == "forgot: general -0.60 (allowed 0.05 below the parent)"
     assert report["champion_version"] is None
-    assert report["scores"]["candidate"]["general"] == {"loss": 2.0, "tokens": 80, "exact_match": 0.4, "answers": 20}
+    assert report["scores"]["candidate"]["general"] == {
+        "loss": 2.0,
+        "tokens": 80,
+        "exact_match": 0.4,
+        "answers": 20,
+    } | {"interval": None}
     assert set(report["scores"]) == {"base", "parent", "candidate"}
     assert report["base"]["sha256"] == "b" * 64
     assert report["dataset"]["sha256"] == "d" * 64
@@ -97,6 +102,26 @@ def test_the_page_says_the_verdict_and_every_check(
     assert all(check["sentence"] in page for check in report["checks"])
     assert ("Passed the gate" in page) is (candidate is LEARNED)
     assert ("the champion, version 7" in page) is (champion is not None)
+
+
+def test_the_page_shows_intervals_where_rows_are_known() -> None:
+    def told(right: list[bool]) -> Score:
+        return Score(0.1, 80, sum(right) / 20, 20, outcomes=Outcomes.of_answers(right))
+
+    before, after = told([True] * 20), told([True] * 10 + [False] * 10)
+    seen = replace(evaluation(LEARNED), scores={"parent": {**UNTRAINED, "general": before}})
+    scores = {"base": seen.scores["parent"], "parent": seen.scores["parent"]}
+    scores |= {"candidate": {**LEARNED, "general": after}}
+    report = build_report(replace(seen, scores=scores, verdict=decide(scores, CONFIG.gate)))
+    low, high = report["scores"]["candidate"]["general"]["interval"]
+    assert low < 0.5 < high
+    (row,) = re.findall(r'<th scope="row">general<.*?</tr>', render_html(report, IMAGES), flags=re.DOTALL)
+    assert "[1.000, 1.000]" in row
+    assert f"[{low:.3f}, {high:.3f}]" in row
+    (check,) = [check for check in report["checks"] if check["set"] == "general"]
+    lost_least, lost_most = check["interval"]
+    assert f"[−{lost_most:.3f}, −{lost_least:.3f}]" in row
+    assert "outcomes" not in json.dumps(report)
 
 
 def test_the_page_colours_a_change_by_whether_it_is_for_the_better() -> None:

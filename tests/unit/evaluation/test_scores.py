@@ -11,10 +11,11 @@ import pytest
 from nestune.backends.base import Backend
 from nestune.backends.factory import make_backend
 from nestune.config import EvaluationConfig, RunConfig
+from nestune.data.batches import collate
 from nestune.data.records import Record
 from nestune.data.tokens import Row, encode, load_tokenizer
 from nestune.errors import DataError
-from nestune.evaluation.scores import score
+from nestune.evaluation.scores import Outcomes, score
 
 EVALUATION = EvaluationConfig(batch_size=2, max_answer_tokens=4)
 PROMPTS = ["what is the colour of zor ? ", "where lives mip ? ", "a b c d e f ", "? ", "is tal red or green or blue ? "]
@@ -89,6 +90,34 @@ def test_the_loss_is_the_mean_over_all_supervised_tokens(backend: Backend, refer
     seen = score(backend, rows, tokenizer, EVALUATION)
     assert seen.tokens == len(nats)
     assert seen.loss == pytest.approx(np.mean(nats), rel=1e-5)
+
+
+def test_a_set_without_answers_keeps_the_loss_of_each_row_and_one_with_answers_which_were_right(
+    backend: Backend, tokenizer: Any, right: list[Row]
+) -> None:
+    texts = [row({"text": text}, tokenizer) for text in ("the colour of zor is red", "a b", "where lives mip ? in a")]
+    seen = score(backend, texts, tokenizer, EVALUATION)
+    alone = [backend.loss([collate([text], tokenizer.pad_token_id)]) for text in texts]
+    assert seen.outcomes is not None
+    assert sorted(zip(seen.outcomes.amounts, seen.outcomes.weights, strict=True)) == sorted(
+        (loss.nats, loss.tokens) for loss in alone
+    )
+    rows = [right[0], replace(right[1], answer="of of of"), *right[2:], texts[0]]
+    answered = score(backend, rows, tokenizer, EVALUATION)
+    assert answered.outcomes == Outcomes((1.0, 0.0, 1.0, 1.0, 1.0), (1,) * 5)
+    assert answered.outcomes.as_dict() == {"right": "10111"}
+
+
+def test_the_loss_of_many_rows_is_kept_by_groups_that_are_the_same_for_every_model(
+    backend: Backend, tokenizer: Any
+) -> None:
+    rows = [row({"text": "a b c d e f"[: 1 + place % 11]}, tokenizer) for place in range(250)]
+    seen, again = (score(backend, rows, tokenizer, EVALUATION) for _ in range(2))
+    assert seen.outcomes is not None
+    assert len(seen.outcomes.weights) == 125  # 250 rows in groups of at most the batch size, 2
+    assert sum(seen.outcomes.weights) == seen.tokens == sum(int(one.supervised[1:].sum()) for one in rows)
+    assert seen.loss == sum(seen.outcomes.amounts) / seen.tokens
+    assert seen == again
 
 
 def test_rows_without_an_answer_have_no_exact_match(backend: Backend, tokenizer: Any) -> None:
