@@ -58,7 +58,7 @@ class RunPaths:
     @property
     def texts(self) -> Path:
         """What the teacher has written, where it has."""
-        return self.root / "texts.json"
+        return self.metrics / "texts.json"
 
     @property
     def checkpoints(self) -> Path:

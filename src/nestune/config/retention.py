@@ -99,7 +99,11 @@ class KlConfig(Strict):
         "parent", description="who is held to: the parent adapter (the base where there is none), or the base alone"
     )
     every: PositiveInt = Field(4, description="steps between two that hold the model to its teacher")
-    rows_per_step: PositiveInt = Field(8, description="self-written texts, and answered prompts, in each such step")
+    rows_per_step: Fraction | PositiveInt = Field(
+        8,
+        description="self-written texts, and answered prompts, that are added to each such step; a fraction below 1: "
+        "that share of the step's own rows gives way to them",
+    )
     replayed: bool = Field(False, description="true: replayed rows of such a step are held, too")
     self_written: SelfWrittenConfig = SelfWrittenConfig()
     prompts: PromptsConfig = PromptsConfig()
@@ -161,6 +165,19 @@ class RetentionConfig(Strict):
         description="with a parent adapter, fresh: train a new adapter beside it, and save their exact sum; continue: "
         "go on with the parent's own matrices",
     )
+
+    @field_validator("kl")
+    @classmethod
+    def _leaves_room(cls, kl: KlConfig | None, info: ValidationInfo) -> KlConfig | None:
+        replay = info.data.get("replay")
+        if kl is not None and kl.rows_per_step < 1 and replay is not None and replay.is_on and replay.rows_per_step < 1:
+            shares = replay.rows_per_step + kl.rows_per_step
+            if shares >= 1:
+                raise ValueError(
+                    f"nothing new is left in a step: replay.rows_per_step and kl.rows_per_step are {shares:g} of it "
+                    "together; keep them below 1"
+                )
+        return kl
 
     @model_validator(mode="before")
     @classmethod

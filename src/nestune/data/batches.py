@@ -8,7 +8,7 @@ from itertools import count, islice
 import numpy as np
 from numpy.typing import NDArray
 
-from nestune.config import ReplayConfig, RetentionConfig, TrainingConfig
+from nestune.config import RetentionConfig, TrainingConfig
 from nestune.data.tokens import Row
 from nestune.errors import DataError
 
@@ -101,40 +101,48 @@ def training_steps(
 
     Every row comes once an epoch; the last micro-batch of an epoch is smaller when the rows do not divide. What
     `retention` says of replay and KL joins the steps that are its multiples, drawn from the sources in turn and spread
-    evenly over the micro-batches. Where a share is replayed, so many fewer new rows are in a step: what is left of a
-    row when the shares of all steps so far are added up waits for a later one.
+    evenly over the micro-batches. Where a share of the rows gives way to it, so many fewer new ones are in a step.
     Raises DataError when there are no rows, or none in a source.
     """
     if not rows or not all(earlier.replay):
         raise DataError("there are no rows to train on or to replay. Run nestune validate again.")
-    replay, kl, parts = retention.replay, retention.kl, training.gradient_accumulation_steps
-    a_share = bool(earlier.replay) and replay.rows_per_step < 1
+    parts, whole = training.gradient_accumulation_steps, training.batch_size * training.gradient_accumulation_steps
+    replay, kl = retention.replay, retention.kl if retention.kl is not None and retention.kl.weight else None
     batches = _new_batches(rows, training.batch_size, training.seed)
     singly = (index for batch in batches for index in batch)
     replayed = _replayed(earlier.replay, training.seed) if earlier.replay else iter(())
     texts = _shuffled_passes(earlier.texts, training.seed, TEXTS) if earlier.texts else iter(())
+    shares = [
+        joining.rows_per_step < 1
+        for joining, there in ((replay, earlier.replay), (kl, earlier.texts))
+        if joining is not None and there
+    ]
     for step in count(1):
-        joining = _due_rows(replay, step, training.batch_size * parts) if earlier.replay else 0
-        held = kl is not None and kl.weight > 0 and step % kl.every == 0
-        sizes = [training.batch_size - (joining + parts - 1 - part) // parts for part in range(parts)]
-        taken = [islice(singly, size) for size in sizes] if a_share else islice(batches, parts)
+        held = kl is not None and step % kl.every == 0
+        again = _due_rows(replay.rows_per_step, replay.every, step, whole) if earlier.replay else 0
+        told = _due_rows(kl.rows_per_step, kl.every, step, whole) if kl is not None and earlier.texts else 0
+        giving_way = (again if replay.rows_per_step < 1 else 0) + (told if kl and kl.rows_per_step < 1 else 0)
+        sizes = [training.batch_size - (giving_way + parts - 1 - part) // parts for part in range(parts)]
+        taken = [islice(singly, max(0, size)) for size in sizes] if any(shares) else islice(batches, parts)
         micro_batches = [[_Use(rows[index]) for index in batch] for batch in taken]
-        extra = [_Use(row, held=held and kl is not None and kl.replayed) for row in islice(replayed, joining)]
-        if held and kl is not None:
-            extra += [_Use(row, learned=False, held=True) for row in islice(texts, kl.rows_per_step)]
+        extra = [_Use(row, held=held and kl is not None and kl.replayed) for row in islice(replayed, again)]
+        extra += [_Use(row, learned=False, held=True) for row in islice(texts, told)]
         for index, use in enumerate(extra):
             micro_batches[index % parts].append(use)
         if step > after:
             yield [_collate(batch, pad_id) for batch in micro_batches]
 
 
-def _due_rows(replay: ReplayConfig, step: int, rows: int) -> int:
-    """How many rows a step of so many new ones replays."""
-    turn, per_step = step // replay.every, replay.rows_per_step
-    if step % replay.every:
+def _due_rows(per_step: float, every: int, step: int, rows: int) -> int:
+    """How many rows join a step of so many, when `per_step` of them, or that share, join every k-th one.
+
+    What is left of a row when the shares of all steps so far are added up waits for a later step.
+    """
+    if step % every:
         return 0
     if per_step >= 1:
         return int(per_step)
+    turn = step // every
     # The addition keeps 0.29 * 100, a little below 29 in floating point, from becoming 28.
     through, before = (math.floor(turns * per_step * rows + 1e-9) for turns in (turn, turn - 1))
     return through - before

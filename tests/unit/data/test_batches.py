@@ -169,6 +169,15 @@ def test_a_share_of_the_steps_rows_gives_way_to_replayed_ones(share, batch_size)
     assert Counter(Counter(drawn_new[:whole]).values()) == {len(drawn_new) // 40: 40}
 
 
+def test_shares_of_replay_and_of_texts_give_way_side_by_side():
+    training, kl = TrainingConfig(batch_size=16), KlConfig(rows_per_step=0.25, every=2)
+    earlier = Earlier([rows_of([4] * 7, 100)], rows_of([4] * 5, 200))
+    steps = drawn(list(islice(training_steps(rows_of([4] * 40), training, PAD, replaying(0.5, kl=kl), earlier), 6)))
+    for step, (batch,) in enumerate(steps, start=1):
+        kinds = Counter(number // 100 for number in batch)
+        assert kinds == ({0: 4, 1: 8, 2: 4} if step % 2 == 0 else {0: 8, 1: 8})
+
+
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 3))
 def test_replay_and_texts_join_every_kth_step_only(every, kl_every, parts):
     training = TrainingConfig(batch_size=2, gradient_accumulation_steps=parts)
