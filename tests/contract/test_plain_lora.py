@@ -20,7 +20,8 @@ def ordinary_torch_loop(batches: list[Batch], first_weights: dict[str, NDArray[A
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(BASE)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    base = AutoModelForCausalLM.from_pretrained(BASE).to(device)
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(base, config)
     named = {parse_parameter(n, tuple(p.shape)): p for n, p in model.named_parameters() if p.requires_grad}
@@ -32,9 +33,9 @@ def ordinary_torch_loop(batches: list[Batch], first_weights: dict[str, NDArray[A
     trainable = list(matrices.values())
     optimizer = torch.optim.AdamW(trainable, lr=RATE, weight_decay=0.01)
     for batch in batches:
-        tokens = torch.from_numpy(batch.tokens).long()
-        attention = torch.arange(tokens.shape[1]) < torch.from_numpy(batch.lengths)[:, None]
-        targets = torch.from_numpy(batch.supervised)[:, 1:]
+        tokens = torch.from_numpy(batch.tokens).long().to(device)
+        attention = torch.arange(tokens.shape[1], device=device) < torch.from_numpy(batch.lengths).to(device)[:, None]
+        targets = torch.from_numpy(batch.supervised)[:, 1:].to(device)
         hidden = base.model(input_ids=tokens, attention_mask=attention.long()).last_hidden_state[:, :-1]
         logits = base.lm_head(hidden[targets])
         loss = torch.nn.functional.cross_entropy(logits, tokens[:, 1:][targets], reduction="sum") / targets.sum()
@@ -42,7 +43,7 @@ def ordinary_torch_loop(batches: list[Batch], first_weights: dict[str, NDArray[A
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
-    return {name: matrix.detach().numpy().tobytes() for name, matrix in matrices.items()}
+    return {name: matrix.detach().cpu().numpy().tobytes() for name, matrix in matrices.items()}
 
 
 def ordinary_mlx_loop(batches: list[Batch], first_weights: dict[str, NDArray[Any]]) -> dict[str, bytes]:

@@ -29,6 +29,7 @@ def project(tmp_path: Path, world: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     (tmp_path / "data").symlink_to(world)
     (tmp_path / "demo" / "base").symlink_to(ROOT / "demo" / "base")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NESTUNE_CACHE", str(tmp_path / "cache"))
     return tmp_path
 
 
