@@ -36,7 +36,7 @@ def held_batch(seed: int) -> Batch:
 
 def batches(step: int, every: int = 1) -> list[Batch]:
     made = held_batch if step % every == 0 else random_batch
-    return [made(2 * step), made(2 * step + 1)]
+    return [with_prompts(made(2 * step)), with_prompts(made(2 * step + 1))]
 
 
 def train(backend: Backend, steps: range, every: int = 1) -> list[tuple[float, float | None]]:
@@ -77,6 +77,14 @@ def parent(on_the_small_base: None, tmp_path_factory: pytest.TempPathFactory) ->
     return folder
 
 
+def with_prompts(batch: Batch) -> Batch:
+    """Whatever is not supervised counts as a prompt."""
+    inside = np.arange(batch.tokens.shape[1]) < batch.lengths[:, None]
+    prompts = inside & ~batch.supervised
+    prompts[:, 0] = False
+    return Batch(batch.tokens, batch.supervised, batch.lengths, batch.held, prompts)
+
+
 def without_held(step: list[Batch]) -> list[Batch]:
     return [Batch(batch.tokens, batch.supervised, batch.lengths) for batch in step]
 
@@ -87,6 +95,26 @@ def test_a_weight_of_zero_moves_the_weights_as_no_kl_does(make: MakeBackend) -> 
         weightless.train_step(batches(step), ALL, RATE)
         without.train_step(without_held(batches(step)), ALL, RATE)
     assert bits(weightless) == bits(without)
+
+
+def test_prompts_of_weight_one_are_learned_as_answers_are_and_of_none_not_at_all(make: MakeBackend) -> None:
+    steps = [[random_batch(2 * step), random_batch(2 * step + 1, rows=2)] for step in range(1, 6)]
+    everything = []
+    for step in steps:
+        batches_of_all = []
+        for batch in map(with_prompts, step):
+            assert batch.prompts is not None
+            batches_of_all.append(Batch(batch.tokens, batch.supervised | batch.prompts, batch.lengths))
+        everything.append(batches_of_all)
+    counted, alike = make(lora=LORA, training={"prompt_weight": 1.0}), make(lora=LORA)
+    for step, of_all in zip(steps, everything, strict=True):
+        # What is reported is the loss of the answers alone.
+        expected = counted.loss(step).mean
+        assert counted.train_step(list(map(with_prompts, step)), ALL, RATE).loss == pytest.approx(expected, rel=1e-4)
+        alike.train_step(of_all, ALL, RATE)
+    ours, theirs = counted.weights(), alike.weights()
+    off = sum(np.square(ours[name] - theirs[name]).sum() for name in ours)
+    assert off**0.5 < 1e-3 * sum(np.square(values).sum() for values in ours.values()) ** 0.5
 
 
 def test_an_untrained_adapter_diverges_by_nothing(make: MakeBackend) -> None:
@@ -247,12 +275,15 @@ def both(**blocks: Any) -> Iterator[Backend]:
         {"kl": {"weight": 2.0}, "start": "continue"},
         {"l2": 0.01},
         {"l2": 0.01, "start": "continue"},
+        {"kl": {"weight": 2.0}, "prompt_weight": 0.3},
     ],
     ids=str,
 )
 def test_both_backends_give_the_same_curves(parent: Path, retention: dict[str, Any]) -> None:
     curves = []
-    for backend in both(retention=retention):
+    training = {"prompt_weight": retention.get("prompt_weight", 0.0)}
+    retention = {key: value for key, value in retention.items() if key != "prompt_weight"}
+    for backend in both(retention=retention, training=training):
         backend.begin(parent)
         curves.append(train(backend, range(1, 31)))
     torch, mlx = (np.array(curve, dtype=np.float64) for curve in curves)

@@ -63,8 +63,9 @@ class Backend(Protocol):
     def train_step(self, micro_batches: Sequence[Batch], due: frozenset[int], learning_rate: float) -> StepResult:
         """Update the tiers in `due` by the gradient of the step's loss.
 
-        That is the mean cross-entropy of its supervised tokens, plus what `retention` says: kl.weight times the mean
-        KL(teacher || model) of its held positions, l2 times the squared change of all weights against the parent.
+        That is the mean cross-entropy of its supervised tokens, in which each token of a prompt counts as
+        `training.prompt_weight` of one, plus what `retention` says: kl.weight times the mean KL(teacher || model) of
+        its held positions, l2 times the squared change of all weights against the parent.
         """
         ...
 

@@ -229,14 +229,16 @@ class MlxBackend:
         retention = self._config.retention
         tokens = sum(int(batch.supervised.sum()) for batch in micro_batches)
         positions = sum(int(batch.held.sum()) for batch in micro_batches if batch.held is not None)
+        prompts = sum(int(batch.prompts.sum()) for batch in micro_batches if batch.prompts is not None)
+        counted = self._config.training.prompt_weight * prompts
         # In the model's order: MLX computes gradients in that of its results, and checkpointed layers that are computed
         # again out of their turn would all be kept.
         differentiated = {name: matrix for name, matrix in self._matrices.items() if name in needed}
         fixed = {name: matrix for name, matrix in self._matrices.items() if name not in needed}
         summed, kl, gradients = mx.zeros(()), mx.zeros(()), Arrays()
         for key, batch in zip(mx.random.split(mx.random.key(seed), len(micro_batches)), micro_batches, strict=True):
-            arrays = (*_arrays(batch), *self._said_by_teacher(batch))
-            totals = mx.array(float(tokens)), mx.array(float(max(positions, 1)))
+            arrays = (*_arrays(batch), *_prompt_arrays(batch), *self._said_by_teacher(batch))
+            totals = tuple(mx.array(float(total)) for total in (tokens, tokens + counted, max(positions, 1)))
             self._switch(training=True)
             compiled = self._compiled(needed, tuple(array.shape for array in arrays))
             (_, of_batch, kl_of_batch), further = compiled(differentiated, fixed, key, *arrays, *totals)
@@ -260,24 +262,29 @@ class MlxBackend:
         One for the arrays of each shape, so that what was traced for some can be given up.
         """
         kl = self._config.retention.kl
-        weight = kl.weight if kl is not None else 0.0
+        weight, prompt_weight = kl.weight if kl is not None else 0.0, self._config.training.prompt_weight
 
         def loss(differentiated: Arrays, fixed: Arrays, key: mx.array, *given: mx.array) -> Losses:
-            *batch, held, said, held_weights, tokens, positions = given
+            tokens_in, *answers, held, said, held_weights, tokens, counted, positions = given
+            answers, prompts = answers[:3], answers[3:]
             self._put({**differentiated, **fixed})
             for name, matrix in self._held.items():
                 matrix.differentiate(name in needed)
             if self._config.lora.dropout:
                 for module, own in zip(self._modules, mx.random.split(key, len(self._modules)), strict=True):
                     module.drop_by(own)
-            states = self._states(batch[0])
+            states = self._states(tokens_in)
             # A micro-batch may hold the model to its teacher and teach it nothing.
-            cross_entropy = self._cross_entropy(states, *batch[1:]) / tokens if len(batch[1]) else mx.zeros(())
+            nats = self._cross_entropy(states, *answers) if len(answers[0]) else mx.zeros(())
+            cross_entropy = whole = nats / tokens
+            if prompt_weight:
+                of_prompts = self._cross_entropy(states, *prompts) if len(prompts[0]) else mx.zeros(())
+                whole = (nats + prompt_weight * of_prompts) / counted
             if not len(held):
-                return cross_entropy, cross_entropy, mx.zeros(())
+                return whole, cross_entropy, mx.zeros(())
             divergence = head_divergence(states[held], said, held_weights, self._head, self._positions_at_once)
             divergence = divergence / positions
-            return cross_entropy + weight * divergence, cross_entropy, divergence
+            return whole + weight * divergence, cross_entropy, divergence
 
         def without_gradients(*inputs: Any) -> tuple[Losses, Arrays]:
             return loss(*inputs), {}
@@ -373,6 +380,15 @@ def _arrays(batch: Batch) -> tuple[mx.array, mx.array, mx.array, mx.array]:
     targets = np.pad(batch.tokens[row, column + 1], padding)
     weights = np.pad(np.ones(len(row), np.float32), padding)
     return mx.array(inputs), mx.array(places.astype(np.int32)), mx.array(targets), mx.array(weights)
+
+
+def _prompt_arrays(batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
+    """As `_arrays`, places, targets and weights of the tokens before what is learned; none where they do not count."""
+    if batch.prompts is None:
+        return mx.zeros((0,), mx.int32), mx.zeros((0,), mx.int32), mx.zeros((0,))
+    _, *of_prompts = _arrays(Batch(batch.tokens, batch.prompts, batch.lengths))
+    places, targets, weights = of_prompts
+    return places, targets, weights
 
 
 def _padded(size: int, least: int, in_a_doubling: int) -> int:

@@ -143,7 +143,7 @@ class TorchBackend:
         with torch.no_grad():
             for batch in batches:
                 states = self._states_of(batch.tokens, batch.lengths)
-                nats += self._cross_entropy(batch, states, tokens=1).item()
+                nats += self._cross_entropy(batch.tokens, batch.supervised, states, divided_by=1).item()
                 tokens += int(batch.supervised.sum())
         return Loss(nats, tokens)
 
@@ -258,14 +258,21 @@ class TorchBackend:
         retention = self._config.retention
         tokens = sum(int(batch.supervised.sum()) for batch in micro_batches)
         positions = sum(int(batch.held.sum()) for batch in micro_batches if batch.held is not None)
-        weight = retention.kl.weight if retention.kl is not None else 0.0
+        weight, prompt_weight = retention.kl.weight if retention.kl else 0.0, self._config.training.prompt_weight
+        prompts = sum(int(batch.prompts.sum()) for batch in micro_batches if batch.prompts is not None)
+        # Where prompts count, too, the answers have this share of the loss.
+        of_answers = tokens / (tokens + prompt_weight * prompts)
         nats, kl = 0.0, 0.0
         for batch in micro_batches:
             said = self._said_by_teacher(batch) if batch.held is not None else None
             self._switch(training=True)
             states = self._states_of(batch.tokens, batch.lengths)
-            loss = self._cross_entropy(batch, states, tokens)
+            loss = self._cross_entropy(batch.tokens, batch.supervised, states, tokens)
             nats += loss.item()
+            if batch.prompts is not None:
+                loss = loss + prompt_weight * self._cross_entropy(batch.tokens, batch.prompts, states, tokens)
+            if prompts:
+                loss = of_answers * loss
             if batch.held is not None and said is not None:
                 divergence = self._divergence(batch.held, states, said, positions)
                 kl += divergence.item()
@@ -290,12 +297,14 @@ class TorchBackend:
             states = self._states_of(batch.tokens[rows, :width], batch.lengths[rows])
         return states[:, :-1][self._mask(batch.held[rows, :width])]
 
-    def _cross_entropy(self, batch: Batch, states: Tensor, tokens: int) -> Tensor:
-        """Cross-entropy, in nats, at a batch's supervised positions, summed and divided by `tokens`."""
-        targets = torch.from_numpy(batch.tokens[:, 1:][batch.supervised[:, 1:]].astype(np.int64)).to(self.device)
+    def _cross_entropy(
+        self, tokens: NDArray[np.int32], learned: NDArray[np.bool_], states: Tensor, divided_by: int
+    ) -> Tensor:
+        """Cross-entropy, in nats, at learned positions (B, T), summed and divided."""
+        targets = torch.from_numpy(tokens[:, 1:][learned[:, 1:]].astype(np.int64)).to(self.device)
         with self._autocast():
-            seen = states[:, :-1][self._mask(batch.supervised)]
-            return head_loss(seen, targets, self._head, tokens, self._positions_at_once)
+            seen = states[:, :-1][self._mask(learned)]
+            return head_loss(seen, targets, self._head, divided_by, self._positions_at_once)
 
     def _divergence(self, held: NDArray[np.bool_], states: Tensor, said: Tensor, positions: int) -> Tensor:
         """KL(teacher || model), in nats, at held positions, summed and divided by `positions`."""

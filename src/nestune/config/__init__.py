@@ -5,12 +5,10 @@ from nestune.config.blocks import (
     EarlyStopping,
     EvaluationConfig,
     GateConfig,
-    ImportanceConfig,
     LoraConfig,
     ModelConfig,
     RegistryConfig,
     RunConfig,
-    TierConfig,
     TrainingConfig,
 )
 from nestune.config.files import dump_config, load_config, parse_config
@@ -22,6 +20,7 @@ from nestune.config.retention import (
     SelfWrittenConfig,
     StrengthConfig,
 )
+from nestune.config.tiers import ImportanceConfig, TierConfig
 
 __all__ = [
     "DataConfig",

@@ -22,15 +22,16 @@ TEXTS = 2**32
 class Batch:
     """B rows padded on the right to T tokens.
 
-    tokens (B, T); supervised (B, T) and held (B, T), False in padding and in column 0: the positions whose token is
-    learned, and those at which the model is held to its teacher, None where there are none; lengths (B,) tokens of
-    each row.
+    tokens (B, T); lengths (B,) tokens of each row; and positions (B, T), False in padding and in column 0: supervised,
+    whose token is learned; held, at which the model is held to its teacher; prompts, before what is learned, where
+    `training.prompt_weight` counts them. The last two are None where there are none.
     """
 
     tokens: NDArray[np.int32]
     supervised: NDArray[np.bool_]
     lengths: NDArray[np.int32]
     held: NDArray[np.bool_] | None = None
+    prompts: NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True)
@@ -67,19 +68,21 @@ def held_batches(rows: Sequence[Row], batch_size: int, pad_id: int) -> Iterator[
         yield _collate([_Use(row, learned=False, held=True) for row in chosen], pad_id)
 
 
-def _collate(uses: Sequence[_Use], pad_id: int) -> Batch:
+def _collate(uses: Sequence[_Use], pad_id: int, with_prompts: bool = False) -> Batch:
     lengths = np.array([len(use.row.tokens) for use in uses], dtype=np.int32)
     tokens = np.full((len(uses), lengths.max()), pad_id, dtype=np.int32)
-    supervised, held = np.zeros(tokens.shape, dtype=bool), np.zeros(tokens.shape, dtype=bool)
+    supervised, held, prompts = (np.zeros(tokens.shape, dtype=bool) for _ in range(3))
     for index, use in enumerate(uses):
         tokens[index, : lengths[index]] = use.row.tokens
         for wanted, mask in ((use.learned, supervised), (use.held, held)):
             if wanted:
                 mask[index, : lengths[index]] = use.row.supervised
-    supervised[:, 0] = held[:, 0] = False
+        prompts[index, : lengths[index]] = use.learned & ~use.row.supervised
+    supervised[:, 0] = held[:, 0] = prompts[:, 0] = False
     if not (supervised.any() or held.any()):
         raise DataError(f"a batch of {len(uses)} rows has no supervised token. Run nestune validate again.")
-    return Batch(tokens, supervised, lengths, held if held.any() else None)
+    counted = with_prompts and bool(prompts.any())
+    return Batch(tokens, supervised, lengths, held if held.any() else None, prompts if counted else None)
 
 
 def evaluation_batches(rows: Sequence[Row], batch_size: int, pad_id: int) -> Iterator[Batch]:
@@ -130,7 +133,7 @@ def training_steps(
         for index, use in enumerate(extra):
             micro_batches[index % parts].append(use)
         if step > after:
-            yield [_collate(batch, pad_id) for batch in micro_batches]
+            yield [_collate(batch, pad_id, training.prompt_weight > 0) for batch in micro_batches]
 
 
 def _due_rows(per_step: float, every: int, step: int, rows: int) -> int:

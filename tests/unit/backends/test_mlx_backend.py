@@ -13,7 +13,7 @@ import pytest
 from small_bases import write_base
 from tests.contract.conftest import BASE, configuration, random_batch
 
-from nestune.backends.mlx_backend import MlxBackend, _arrays, _padded
+from nestune.backends.mlx_backend import MlxBackend, _arrays, _padded, _prompt_arrays
 from nestune.backends.mlx_lora import LoraLinear, LoraParts, parameters_of
 from nestune.config import LoraConfig
 from nestune.data.batches import Batch
@@ -36,14 +36,15 @@ def lazy_step(backend: MlxBackend, due: set[int]) -> tuple[mx.array, dict[str, m
     """A step's loss and gradients, not computed yet."""
     assert backend._optimizer is not None
     needed = backend._optimizer.needs(frozenset(due))
-    arrays = (*_arrays(random_batch(1)), *backend._said_by_teacher(random_batch(1)))
+    batch = random_batch(1)
+    arrays = (*_arrays(batch), *_prompt_arrays(batch), *backend._said_by_teacher(batch))
     backend._switch(training=True)
     differentiated = {name: backend._matrices[name] for name in needed}
     fixed = {name: matrix for name, matrix in backend._matrices.items() if name not in needed}
     step = backend._compile(needed, tuple(array.shape for array in arrays))
     mx.disable_compile()
     try:
-        losses, gradients = step(differentiated, fixed, mx.random.key(0), *arrays, mx.array(1.0), mx.array(1.0))
+        losses, gradients = step(differentiated, fixed, mx.random.key(0), *arrays, *[mx.array(1.0)] * 3)
         return losses[0], gradients
     finally:
         mx.enable_compile()
