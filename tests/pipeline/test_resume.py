@@ -11,10 +11,11 @@ from tests.pipeline.conftest import Configured
 from nestune import cli
 from nestune.files import SEAL, sha256_file
 
-# Gradients of open windows, dropout and replayed rows: all that a training must remember or draw anew.
+# Gradients of open windows, dropout, replayed rows and texts: all that a training must remember or draw anew.
 BLOCKS: dict[str, dict[str, Any]] = {
     "lora": {"dropout": 0.1},
     "tiers": {"update_every": [1, 2, 3], "inactive_gradients": "accumulate"},
+    "retention": {"kl": {"every": 2, "replayed": True, "self_written": {"texts": 11, "max_tokens": 20}}, "l2": 1e-4},
     "training": {"schedule": "constant", "steps": 8, "eval_every": 2, "checkpoint_every": 4},
 }
 FILES = ("adapter_model.safetensors", "training_state.safetensors")
@@ -77,6 +78,11 @@ def test_four_steps_and_four_more_equal_eight_and_are_one_tracked_run(
             assert ours == expected, (checkpoint, file)
     for file in ("train_metrics.jsonl", "eval_metrics.jsonl"):
         assert lines(parts / "metrics" / file) == lines(whole / "metrics" / file)
+    assert ["kl" in line for line in lines(whole / "metrics" / "train_metrics.jsonl")] == [False, True] * 4
+    texts = json.loads((whole / "metrics" / "texts.json").read_text())
+    assert (texts["held"], texts["measuring"]) == (11, 2)
+    assert texts["mentioned"].keys() == {"new_task", "covered", "uncovered", "skill"}
+    assert (parts / "metrics" / "texts.json").read_bytes() == (whole / "metrics" / "texts.json").read_bytes()
 
     assert (parts / "tracking.json").read_bytes() == tracking
     assert steps_tracked(parts) == [[1, 2, 3, 4, 5, 6, 7, 8], [2, 4, 6, 8]]

@@ -163,7 +163,6 @@ def _train(
         "tier_map_sha256": tier_map.sha256,
     }
     write_text(run.config, dump_config(config))
-    write_texts_report(inputs, run)
     if checkpoint is None:
         _end_earlier_tracking(run)
     with (
@@ -172,6 +171,7 @@ def _train(
         ProgressBar(config.training.steps, taken=state.steps) as bar,
     ):
         bar.say(f"backend: {trains_on}")
+        write_texts_report(inputs, run)
         listeners: list[Listener] = [bar, _Tracker(tracked)]
         with Recorder(run.metrics, state.updates, listeners, state.steps, best.validated_step) as recorder:
             if checkpoint is not None:
@@ -192,7 +192,7 @@ def _train(
 
 
 def _record(run: RunPaths) -> None:
-    outputs = [run.checkpoints, run.metrics, run.texts, run.candidate]
+    outputs = [run.checkpoints, run.metrics, run.candidate]
     record_stage(run, "train", [run.config, run.dataset, run.tiers], outputs)
 
 
