@@ -282,7 +282,7 @@ def test_it_tells_the_tasks_behind_it_whose_rows_are_then_replayed_and_measured_
 
 
 def test_a_parent_that_tells_of_no_task_is_refused(child: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
-    silent = shutil.copytree(PARENT.candidate, "silent", dirs_exist_ok=True)
+    silent = Path(shutil.copytree(PARENT.candidate, "silent", dirs_exist_ok=True))
     told = metadata(silent)
     del told["lineage"]
     (silent / "metadata.json").write_text(json.dumps(told))
