@@ -40,6 +40,11 @@ class RunPaths:
         return self.root / "dataset"
 
     @property
+    def earlier(self) -> Path:
+        """Sets of earlier tasks that had to be divided anew, named by their SHA-256."""
+        return self.root / "earlier"
+
+    @property
     def tiers(self) -> Path:
         return self.root / "tiers.json"
 

@@ -261,3 +261,31 @@ def test_status_tells_of_it(child: RunPaths) -> None:
     assert json.loads(json.dumps(told.as_dict()))["candidate"]["rank"] == 8
     (child.candidate / "metadata.json").write_text("[")
     assert read_status(child).candidate is None
+
+
+def test_it_tells_the_tasks_behind_it_whose_rows_are_then_replayed_and_measured_on(child: RunPaths) -> None:
+    parent, own = metadata(child.candidate)["lineage"]
+    assert (parent["run"], own["run"]) == ("parent", "child")
+    assert [parent] == metadata(PARENT.candidate)["lineage"]
+    assert own["dataset_sha256"] == read_json(child.dataset / "report.json", "")["sha256"]
+    earlier = "retention.replay={earlier_tasks: true, store: 5}"
+    assert nestune("validate", earlier) == 0
+    replayed = (child.dataset / "replay" / "0.jsonl").read_text().splitlines()
+    assert len(replayed) == 5
+    assert set(replayed) < set((PARENT.dataset / "train.jsonl").read_text().splitlines())
+    measured = (child.dataset / "retention" / "task_parent.jsonl").read_bytes()
+    assert measured == (PARENT.dataset / "test.jsonl").read_bytes()
+    assert nestune("tiers", earlier) == 0
+    assert cli.main(["train", "--force", "--config", "run.yaml", *_set([earlier, "training.steps=2"])]) == 0
+    assert nestune("evaluate", earlier, "training.steps=2") == 0
+    assert "task_parent" in read_json(child.evaluation / "report.json", "")["scores"]["candidate"]
+
+
+def test_a_parent_that_tells_of_no_task_is_refused(child: RunPaths, capsys: pytest.CaptureFixture[str]) -> None:
+    silent = Path(shutil.copytree(PARENT.candidate, "silent", dirs_exist_ok=True))
+    told = metadata(silent)
+    del told["lineage"]
+    (silent / "metadata.json").write_text(json.dumps(told))
+    command = ["validate", "--config", "run.yaml", "--set", "retention.replay.earlier_tasks=true"]
+    assert cli.main([*command, "--set", "model.adapter=silent"]) == 2
+    assert "the parent silent does not tell what it was trained on" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Reads a built dataset back, after making sure that it is the one that was validated."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +12,7 @@ from pydantic import ConfigDict, ValidationError
 from nestune.config import DataConfig, RetentionConfig
 from nestune.config.faults import explain
 from nestune.data.records import read_records
-from nestune.data.report import set_names, settings_of
+from nestune.data.report import EarlierSets, set_names, settings_of
 from nestune.data.tokens import Row, Tokenizer, encode_all
 from nestune.errors import Fault, RunError
 from nestune.files import read_json, sha256_file
@@ -75,8 +76,10 @@ def load_dataset(
     max_length: int,
     folder: Path,
     vocabulary: int | None = None,
+    earlier: Sequence[EarlierSets] = (),
+    seed: int = 0,
 ) -> Dataset:
-    """The dataset that was built into a folder.
+    """The dataset that was built into a folder, of the same earlier tasks, its store drawn by the same seed.
 
     Raises RunError when it is missing, was made with other settings than these, or has changed since it was validated.
     """
@@ -86,12 +89,12 @@ def load_dataset(
         report = _Report.model_validate(read_json(written, remedy, keys=["settings", "outputs", "sets", "sha256"]))
     except ValidationError as error:
         raise RunError(f"{written} is no report of a dataset: {explain(error, _Report)[0]} {REMEDY}") from None
-    asked = settings_of(data, retention)
+    asked = settings_of(data, retention, earlier, seed)
     differing = [key for key in asked if report.settings.get(key) != asked[key]]
     if differing:
         raise RunError(f"{folder} was made with other settings ({', '.join(differing)} differ). {REMEDY}")
     # Which files are read is not for a file to say: it follows from the settings.
-    names = set_names(data, retention)
+    names = set_names(data, retention, earlier)
     if set(report.sets) != set(names) or set(report.outputs) != {f"{name}.jsonl" for name in names}:
         raise RunError(f"{written} names other sets than its settings make. {REMEDY}")
     changed = [name for name, sha256 in report.outputs.items() if _hash(folder / name) != sha256]

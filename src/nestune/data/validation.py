@@ -1,8 +1,6 @@
 """Builds a run's dataset: good records go into its files, bad ones stop it or are set aside, a report says which."""
 
-import hashlib
 import json
-import math
 from collections import ChainMap, Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
@@ -16,13 +14,16 @@ from nestune.data.profile import Profile
 from nestune.data.records import Record, read_lines, read_records
 from nestune.data.report import (
     DatasetReport,
+    EarlierSets,
     SetReport,
     rejected_lines,
+    replayed,
     report_set,
     set_names,
     settings_of,
     valid_is_halved,
 )
+from nestune.data.splits import choose_half, choose_held_out, keep_some
 from nestune.data.tokens import Tokenizer, encode_all, marked_text
 from nestune.errors import DataError, Fault
 from nestune.files import replaced_folder, sha256_file, sha256_files, write_json
@@ -34,31 +35,41 @@ RAW_BYTES_OF_A_REJECTED_LINE = 2000
 
 
 def build_dataset(
-    data: DataConfig, retention: RetentionConfig, tokenizer: Tokenizer, folder: Path, vocabulary: int | None = None
+    data: DataConfig,
+    retention: RetentionConfig,
+    tokenizer: Tokenizer,
+    folder: Path,
+    vocabulary: int | None = None,
+    earlier: Sequence[EarlierSets] = (),
+    seed: int = 0,
 ) -> DatasetReport:
     """Write the files of a dataset, its report and Data Docs into `folder`, which appears whole or not at all.
 
+    earlier: tasks whose rows are replayed and measured, too; seed: draws the rows that `retention.replay.store` keeps.
     Raises DataError with every fault when records cannot be used and data.on_invalid is fail, when no record of a
     set can, or when an expectation is not met; ConfigError when the tokenizer cannot render a chat, or writes tokens
     beyond the base's `vocabulary`.
     """
     with replaced_folder(folder) as new:
-        builder = _Builder(data, retention, tokenizer, vocabulary, new)
+        builder = _Builder(data, retention, tokenizer, vocabulary, new, earlier, seed)
         train = builder.read("train", find_files(data.train), trained={})
-        replayed = [
-            builder.read(f"replay/{number}", find_files([entry]), trained={})
-            for number, entry in enumerate(retention.replay.files)
-        ]
+        sources = [find_files([entry]) for entry in retention.replay.files]
+        sources += [[sets.train] for sets in earlier if sets.train is not None]
+        store = retention.replay.store
+        read = [builder.read(f"replay/{number}", files, trained={}, most=store) for number, files in enumerate(sources)]
         # What is trained on says nothing when it is measured on.
-        trained = ChainMap(train, *replayed)
+        trained = ChainMap(train, *read)
         valid = {} if isinstance(data.valid, float) else builder.read("valid", find_files(data.valid), trained)
         if data.test:
             builder.read("test", find_files(data.test), ChainMap(valid, *trained.maps))
         for name, paths in data.retention.items():
             builder.read(f"retention/{name}", find_files(paths), trained)
+        for sets in earlier:
+            if sets.held_out is not None:
+                builder.read(f"retention/{sets.task}", [sets.held_out], trained)
         builder.reject_faults()
         if isinstance(data.valid, float):
-            builder.hold_out(data.valid, never=ChainMap(*replayed))
+            builder.hold_out(data.valid, never=ChainMap(*read))
         if valid_is_halved(data, retention):
             builder.move("valid", "test", choose_half(builder.digests_of("valid")))
         return builder.report()
@@ -68,9 +79,17 @@ class _Builder:
     """The sets of a dataset as far as they are read: their files in `folder`, profile, faults and tallies."""
 
     def __init__(
-        self, data: DataConfig, retention: RetentionConfig, tokenizer: Tokenizer, vocabulary: int | None, folder: Path
+        self,
+        data: DataConfig,
+        retention: RetentionConfig,
+        tokenizer: Tokenizer,
+        vocabulary: int | None,
+        folder: Path,
+        earlier: Sequence[EarlierSets],
+        seed: int,
     ) -> None:
         self.data, self.retention, self.tokenizer, self.folder = data, retention, tokenizer, folder
+        self.earlier, self.seed = earlier, seed
         self.vocabulary = vocabulary
         self.profile = Profile()
         self.sources: dict[str, list[Path]] = {}
@@ -79,8 +98,10 @@ class _Builder:
         self.ignored_keys: dict[str, Counter[str]] = {}
         self.example = ""
 
-    def read(self, name: str, files: Sequence[Path], trained: Mapping[bytes, int]) -> dict[bytes, int]:
-        """Write the good records of `files` into the set's file and note every fault.
+    def read(
+        self, name: str, files: Sequence[Path], trained: Mapping[bytes, int], most: int | None = None
+    ) -> dict[bytes, int]:
+        """Write the good records of `files`, drawn at random where there are more than `most`; note every fault.
 
         Returns the digest of each record with its number in the profile. Records that are in `trained` are
         faults, as are repeated ones unless they are allowed.
@@ -93,8 +114,9 @@ class _Builder:
         path = self._file_of(name)
         path.parent.mkdir(exist_ok=True)
         records = (record for file in files for record in read_records(file, self.data.max_line_bytes, tally))
+        outcomes = encode_all(records, self.tokenizer, self.data.max_seq_length, self.vocabulary)
         with path.open("wb") as file:
-            for outcome in encode_all(records, self.tokenizer, self.data.max_seq_length, self.vocabulary):
+            for outcome in outcomes if most is None else keep_some(outcomes, most, self.seed, tally):
                 if isinstance(outcome, Fault):
                     faults.append(outcome)
                     continue
@@ -161,7 +183,7 @@ class _Builder:
     def report(self) -> DatasetReport:
         """Hold the dataset against the expectations, and write what it is to report.json."""
         frame = self.profile.frame()
-        sets = set_names(self.data, self.retention)
+        sets = set_names(self.data, self.retention, self.earlier)
         files = [self._file_of(name) for name in sets]
         expectations = check_profile(
             frame,
@@ -172,13 +194,15 @@ class _Builder:
             docs=self.folder / "data_docs",
         )
         report = DatasetReport(
-            settings=settings_of(self.data, self.retention),
+            settings=settings_of(self.data, self.retention, self.earlier, self.seed),
             sha256=sha256_files(self.folder, files),
             sets={name: self._report_set(name, frame) for name in sets},
             sources={str(path): sha256_file(path) for paths in self.sources.values() for path in paths},
             outputs={file.relative_to(self.folder).as_posix(): sha256_file(file) for file in files},
             supervised_example=self.example,
             expectations=expectations,
+            replayed=replayed(self.retention, self.earlier),
+            files={name: list(map(str, paths)) for name, paths in self.sources.items()},
         )
         write_json(self.folder / "report.json", report.as_dict())
         return report
@@ -211,52 +235,6 @@ class _Builder:
             self.tallies.get(name, nothing),
             self.ignored_keys.get(name, nothing),
         )
-
-
-def choose_held_out(digests: Sequence[bytes], fraction: float, never: Container[bytes]) -> set[bytes]:
-    """The records to hold out: a fraction of them rounded up, those with the smallest hash of their digest.
-
-    The choice depends on what the records hold, not on their order, and mostly stays when records are added. All
-    copies of a record go together. Raises DataError when nothing can be held out with something left to train on.
-    """
-    held_out = _smallest_hashes(digests, fraction, never)
-    if not held_out:
-        raise DataError(
-            f"data.valid is {fraction:g}, but of the {len(digests)} records to train on none can be held out so that "
-            "one is left to train on and the held-out one is not replayed. Add records, or name files in data.valid."
-        )
-    return held_out
-
-
-def choose_half(digests: Sequence[bytes]) -> set[bytes]:
-    """The half of `valid` that becomes `test`, chosen as `choose_held_out` does: no record on both sides.
-
-    Raises DataError when there is one record, or copies of one, which cannot be divided.
-    """
-    half = _smallest_hashes(digests, 0.5, never=())
-    if not half:
-        raise DataError(
-            "retention.strength chooses on one half of valid, and the other half is scored, but valid has only "
-            f"{len(digests)} record{'s, all the same' if len(digests) > 1 else ''}. Hold out more (data.valid), name "
-            "files to score in data.test, or leave retention.strength off."
-        )
-    return half
-
-
-def _smallest_hashes(digests: Sequence[bytes], fraction: float, never: Container[bytes]) -> set[bytes]:
-    """The digests with the smallest hash that make up a fraction, but never all; empty when there are no such."""
-    # The subtraction keeps 0.55 * 100, a little above 55 in floating point, from becoming 56.
-    wanted = max(1, math.ceil(fraction * len(digests) - 1e-9))
-    copies = Counter(digests)
-    candidates = (digest for digest in copies if digest not in never)
-    chosen: set[bytes] = set()
-    number = 0
-    for digest in sorted(candidates, key=lambda digest: hashlib.sha256(digest).digest()):
-        if number >= wanted or number + copies[digest] == len(digests):
-            break
-        chosen.add(digest)
-        number += copies[digest]
-    return chosen
 
 
 def _with_raw_lines(faults: Iterable[Fault]) -> Iterator[tuple[Fault, str]]:

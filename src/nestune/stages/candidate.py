@@ -22,8 +22,10 @@ from nestune.backends.adapters import (
 from nestune.backends.base import Backend
 from nestune.backends.lora_sum import Adapter, compress, effective_rank, relative_error, singular_values
 from nestune.config import RunConfig
+from nestune.data.lineage import LINEAGE, earlier_tasks, task_of
 from nestune.errors import RunError
 from nestune.files import read_json, replaced_folder, seal, seal_faults, sha256_file, write_json
+from nestune.registry.tracking_note import git_commit
 from nestune.runs import RunPaths
 from nestune.stages.inputs import TrainingInputs
 from nestune.stages.strength import anchors_of, choose_strength
@@ -73,7 +75,7 @@ def make_candidate(
         write(small, folder)
         metadata = read_json(checkpoint / METADATA, "Run nestune train again.")
         made = {"factor": factor, "compression": _compression(whole, small), "made_from": made_from(config, run)}
-        write_json(folder / METADATA, metadata | made)
+        write_json(folder / METADATA, metadata | made | {LINEAGE: _lineage(config, run, inputs.parent)})
         if strength is not None:
             write_json(folder / STRENGTH, strength)
         if small is not whole:
@@ -126,6 +128,14 @@ def read_strength(candidate: Path) -> dict[str, Any] | None:
     """How the strength of a candidate was chosen; None where none was."""
     path = candidate / STRENGTH
     return read_json(path, "Run nestune train again.") if path.exists() else None
+
+
+def _lineage(config: RunConfig, run: RunPaths, parent: Path | None) -> list[dict[str, Any]]:
+    """The tasks that the parent was trained on, and this one."""
+    commit = git_commit().removesuffix("-dirty")
+    task = task_of(run, config.data, config.retention, None if commit == "none" else commit)
+    tasks = [*(earlier_tasks(parent) if parent is not None else []), task]
+    return [task.model_dump(mode="json") for task in tasks]
 
 
 def _compression(whole: Adapter, small: Adapter) -> dict[str, Any] | None:

@@ -11,10 +11,11 @@ from nestune.base_model import BaseModel, resolve_base
 from nestune.config import ImportanceConfig, RunConfig, TierConfig
 from nestune.data.batches import Batch, Earlier, training_steps
 from nestune.data.dataset import Dataset, load_dataset
-from nestune.data.tokens import Row, load_tokenizer, pad_id_of, tokenizer_files
+from nestune.data.tokens import Row, Tokenizer, load_tokenizer, pad_id_of, tokenizer_files
 from nestune.files import sha256_file, sha256_files
 from nestune.registry.versions import resolve_adapter
 from nestune.runs import RunPaths
+from nestune.stages.earlier import earlier_sets
 from nestune.training.self_written import SelfWritten
 
 
@@ -85,10 +86,18 @@ def read_training_inputs(config: RunConfig, run: RunPaths) -> TrainingInputs:
     """
     base = resolve_base(config.model)
     tokenizer = load_tokenizer(base.folder)
-    row_limit = base.row_limit(config.data.max_seq_length)
-    dataset = load_dataset(config.data, config.retention, tokenizer, row_limit, run.dataset, base.vocabulary)
+    dataset = read_dataset(config, run, tokenizer, base)
     parent = resolve_adapter(config.model.adapter, config.registry) if config.model.adapter else None
     return TrainingInputs(config, base, dataset, pad_id_of(tokenizer, base.vocabulary), parent)
+
+
+def read_dataset(config: RunConfig, run: RunPaths, tokenizer: Tokenizer, base: BaseModel) -> Dataset:
+    """The dataset of a run; raises RunError when it is missing, has changed, or was made with other settings."""
+    row_limit = base.row_limit(config.data.max_seq_length)
+    earlier, seed = earlier_sets(config), config.training.seed
+    return load_dataset(
+        config.data, config.retention, tokenizer, row_limit, run.dataset, base.vocabulary, earlier, seed
+    )
 
 
 def tier_map_depends_on(tiers: TierConfig, measured_on: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,11 +7,12 @@ from pathlib import Path
 from nestune.backends.base import Backend
 from nestune.base_model import BaseModel
 from nestune.config import RunConfig
-from nestune.data.dataset import Dataset, load_dataset
+from nestune.data.dataset import Dataset
 from nestune.data.tokens import Row, Tokenizer, load_tokenizer
 from nestune.evaluation.gate import NEW_TASK
 from nestune.evaluation.scores import Score, score
 from nestune.runs import RunPaths
+from nestune.stages.inputs import read_dataset
 from nestune.stopping import StopRequests
 
 
@@ -33,8 +34,7 @@ def held_out_file(run: RunPaths) -> Path:
 def read_held_out(config: RunConfig, run: RunPaths, base: BaseModel) -> HeldOut:
     """The rows to score. Raises RunError when the dataset is missing, has changed, or was made with other settings."""
     tokenizer = load_tokenizer(base.folder)
-    row_limit = base.row_limit(config.data.max_seq_length)
-    dataset = load_dataset(config.data, config.retention, tokenizer, row_limit, run.dataset, base.vocabulary)
+    dataset = read_dataset(config, run, tokenizer, base)
     return HeldOut(dataset, tokenizer, {NEW_TASK: dataset.scored, **dataset.retention})
 
 

@@ -11,6 +11,7 @@ from nestune.data.tokens import load_tokenizer, tokenizer_files
 from nestune.data.validation import build_dataset
 from nestune.files import write_text
 from nestune.runs import RunPaths, record_stage
+from nestune.stages.earlier import find_earlier_sets
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,15 @@ class ValidateResult:
 def validate(config: RunConfig, run: RunPaths) -> ValidateResult:
     """Check all data of a run and write its dataset; the resolved configuration is written beside it.
 
-    Raises DataError with every fault of the data, ConfigError when the base model does not suit it.
+    Raises DataError with every fault of the data, ConfigError when the base model does not suit it, or rows of an
+    earlier task that are to be replayed are not found.
     """
     base = resolve_base(config.model)
     data = config.data.model_copy(update={"max_seq_length": base.row_limit(config.data.max_seq_length)})
     tokenizer = load_tokenizer(base.folder)
-    report = build_dataset(data, config.retention, tokenizer, run.dataset, base.vocabulary)
+    earlier = find_earlier_sets(config, run)
+    seed = config.training.seed
+    report = build_dataset(data, config.retention, tokenizer, run.dataset, base.vocabulary, earlier, seed)
     write_text(run.config, dump_config(config))
     record_stage(
         run,

@@ -1,4 +1,5 @@
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,10 @@ from tiny_tokenizer import build_tokenizer, chat
 
 from nestune.config import DataConfig, RetentionConfig
 from nestune.data.dataset import load_dataset
-from nestune.data.validation import build_dataset, choose_held_out
-from nestune.errors import ConfigError, DataError, RunError
+from nestune.data.records import Record
+from nestune.data.splits import choose_held_out, keep_some
+from nestune.data.validation import build_dataset
+from nestune.errors import ConfigError, DataError, Fault, RunError
 from nestune.files import sha256_file
 
 
@@ -26,7 +29,8 @@ def build(tmp_path, tokenizer):
     """Builds a dataset in the test's folder from the data block of a configuration."""
 
     def build(replay=(), strength=None, **data):
-        retention = RetentionConfig(replay={"files": replay}, strength=strength)
+        replay = replay if isinstance(replay, dict) else {"files": replay}
+        retention = RetentionConfig(replay=replay, strength=strength)
         return build_dataset(DataConfig(**data), retention, tokenizer, tmp_path / "dataset")
 
     return build
@@ -353,3 +357,60 @@ def test_the_choice_mostly_stays_when_records_are_added():
     assert len(before) == 100
     assert len(after) == 110
     assert len(before & after) >= 90
+
+
+def test_a_store_keeps_so_many_rows_of_each_source_drawn_by_the_seed(write, tmp_path, tokenizer):
+    train = write("train.jsonl", texts(*range(500, 510)))
+    many, few = texts(*range(100)), texts(*range(200, 205))
+    files = (write("many.jsonl", many), write("few.jsonl", few))
+    kept = {}
+    for seed, folder in ((0, "a"), (0, "b"), (1, "c")):
+        retention = RetentionConfig(replay={"files": files, "store": 10})
+        data = DataConfig(train=train)
+        report = build_dataset(data, retention, tokenizer, tmp_path / folder, seed=seed)
+        kept[folder] = [lines_of(tmp_path / folder / f"replay/{number}.jsonl") for number in range(2)]
+        assert [report.sets[f"replay/{number}"].left_out for number in range(2)] == [90, 0]
+        load_dataset(data, retention, tokenizer, 99, tmp_path / folder, seed=seed)
+        with pytest.raises(RunError, match=r"other settings \(store differ\)"):
+            load_dataset(data, retention, tokenizer, 99, tmp_path / folder, seed=seed + 1)
+    assert kept["a"] == kept["b"]
+    assert [len(records) for records in kept["a"]] == [10, 5]
+    assert kept["a"][0] != kept["c"][0]
+    assert [record for record in many if record in kept["a"][0]] == kept["a"][0]  # in the order of the file
+
+
+def test_what_a_store_leaves_out_may_be_measured_on_and_its_faults_are_told(build, write, tmp_path):
+    files = write("many.jsonl", texts(*range(30)))
+    train = write("train.jsonl", texts(*range(500, 510)))
+    replay = {"files": files, "store": 3}
+    build(replay=replay, train=train)
+    kept = lines_of(tmp_path / "dataset" / "replay" / "0.jsonl")
+    left_out = [record for record in texts(*range(30)) if record not in kept]
+    build(replay=replay, train=train, retention={"old": write("old.jsonl", left_out)})
+    with pytest.raises(DataError, match="also trained on"):
+        build(replay=replay, train=train, retention={"old": write("old.jsonl", kept)})
+    write("many.jsonl", b'{"text": "a"}\n{"text": 3}\n')
+    with pytest.raises(DataError, match=r"many\.jsonl:2"):
+        build(replay={**replay, "store": 1}, train=train)
+
+
+@given(
+    numbers=st.lists(st.integers(0, 40), max_size=30),
+    most=st.integers(1, 12),
+    seed=st.integers(0, 9),
+    order=st.randoms(),
+)
+def test_the_rows_that_are_kept_depend_on_what_they_hold(numbers, most, seed, order):
+    records = [Record("f", line, "text", {"text": str(number)}) for line, number in enumerate(numbers, 1)]
+    faults = [Fault("f", 99, "", "bad", "mend it")]
+    tally: Counter[str] = Counter()
+    found = list(keep_some([*((record, None) for record in records), *faults], most, seed, tally))
+    assert found[0] is faults[0]
+    assert len(found) - 1 == min(most, len(records))
+    assert tally["left_out"] == len(records) - len(found) + 1
+    lines = [record.line for record, _ in found[1:]]
+    assert lines == sorted(lines)
+    shuffled = list(records)
+    order.shuffle(shuffled)
+    again = list(keep_some(((record, None) for record in shuffled), most, seed, tally))
+    assert sorted(r.content["text"] for r, _ in again) == sorted(r.content["text"] for r, _ in found[1:])
