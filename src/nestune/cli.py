@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,6 +24,7 @@ COMMANDS = {
     "register": "register the adapter in MLflow, and promote it if the gate let it pass",
     "run": "all of these, one after the other",
     "export": "write the adapter for PEFT, for mlx-lm, merged into the base, or as GGUF, and check what was written",
+    "continual": "train tasks in sequence, each from the adapter before, and score every model on all of them",
     "status": "tell how a run stands, or all of them: step, losses, updates, tokens/s, time left",
     "stop": "ask a run to stop at its next step, with a checkpoint, and wait until it has",
 }
@@ -57,6 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _action(options: argparse.Namespace) -> Callable[[argparse.Namespace], None]:
     if options.command in OF_A_RUN:
         return _of_a_run
+    if options.command == "continual":
+        return _continual
     if options.command == "evaluate" and (options.adapter or options.out):
         return _evaluate_adapter
     return _run
@@ -106,6 +109,15 @@ def add_run_options(parser: argparse.ArgumentParser, trains: bool) -> None:
             help="go on also on the other backend, or with more training.steps, whose cosine schedule then follows the "
             "new length; the same configuration goes on without being asked",
         )
+
+
+def _add_continual_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("configs", type=Path, nargs="+", metavar="FILE", help="YAML files of the tasks, in their order")
+    parser.add_argument("--name", default="continual", metavar="SEQUENCE", help="its report is in runs/<name>")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="in every task, e.g. training.steps=20"
+    )
+    parser.add_argument("--joint", metavar="ADAPTER", help="one that was trained on all tasks at once, to compare with")
 
 
 def _add_evaluate_options(parser: argparse.ArgumentParser) -> None:
@@ -174,6 +186,20 @@ def _evaluate_adapter(options: argparse.Namespace) -> None:
     _print(evaluate_adapter(config, RunPaths.of(config.name), options.adapter, options.out), options)
 
 
+def _continual(options: argparse.Namespace) -> None:
+    from nestune.config import load_config
+    from nestune.stages.continual import continual
+    from nestune.stages.dead_runs import end_dead_runs
+
+    def tell(title: str, lines: Sequence[str]) -> None:
+        if not options.json:
+            print(f"{title}:", *lines, sep="\n  ", flush=True)
+
+    configs = [load_config(path, options.set) for path in options.configs]
+    end_dead_runs()
+    _print(continual(configs, options.name, options.joint, tell), options)
+
+
 def _print(result: Result, options: argparse.Namespace) -> None:
     print(json.dumps(result.as_dict(), indent=2) if options.json else "\n".join(result.summary()))
 
@@ -232,6 +258,8 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=purpose, description=f"{purpose[:1].upper()}{purpose[1:]}.")
         if name in OF_A_RUN:
             command.add_argument("run", metavar="RUN", nargs="?" if name == "status" else None, help="name of the run")
+        elif name == "continual":
+            _add_continual_options(command)
         else:
             add_run_options(command, trains=name in ("train", "run"))
         if name == "stop":
