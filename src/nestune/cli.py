@@ -60,7 +60,7 @@ def _action(options: argparse.Namespace) -> Callable[[argparse.Namespace], None]
         return _of_a_run
     if options.command == "continual":
         return _continual
-    if options.command == "evaluate" and (options.adapter or options.out):
+    if options.command == "evaluate" and (options.adapter or options.out or options.lm_eval):
         return _evaluate_adapter
     return _run
 
@@ -127,6 +127,13 @@ def _add_evaluate_options(parser: argparse.ArgumentParser) -> None:
         help="score only this one, on the same sets, with no gate: a folder, models:/<name>@<alias>, or base",
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="with --adapter: write the scores there as JSON")
+    parser.add_argument(
+        "--lm-eval",
+        action="append",
+        metavar="TASK",
+        help="with --adapter: also score it on a task of lm-evaluation-harness; repeatable",
+    )
+    parser.add_argument("--lm-eval-path", metavar="FOLDER", help="where task files of one's own are")
 
 
 def _add_export_options(parser: argparse.ArgumentParser) -> None:
@@ -181,8 +188,15 @@ def _evaluate_adapter(options: argparse.Namespace) -> None:
     from nestune.stages.evaluate_adapter import evaluate_adapter
 
     if options.adapter is None:
-        raise ConfigError("--out goes with --adapter; the evaluation of a run is in runs/<name>/evaluation")
-    config = load_config(options.config, options.set, options.name)
+        raise ConfigError(
+            "--out and --lm-eval go with --adapter; the evaluation of a run is in runs/<name>/evaluation, "
+            "and asks of lm-evaluation-harness what evaluation.lm_eval says"
+        )
+    overrides = list(options.set)
+    if options.lm_eval:
+        asked = {"tasks": options.lm_eval, "path": options.lm_eval_path}
+        overrides.append(f"evaluation.lm_eval={json.dumps(asked)}")
+    config = load_config(options.config, overrides, options.name)
     _print(evaluate_adapter(config, RunPaths.of(config.name), options.adapter, options.out), options)
 
 

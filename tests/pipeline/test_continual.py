@@ -14,7 +14,7 @@ from nestune.files import sha256_file, write_json
 
 TASKS = ("facts", "style")
 NAMES = [f"continual-{task}" for task in TASKS]
-WEIGHTS = "checkpoints/best/adapter_model.safetensors"
+WEIGHTS = "candidate/adapter_model.safetensors"
 
 
 def few_rows(path: str, count: int) -> str:
@@ -53,7 +53,7 @@ def test_a_sequence_is_a_chain_of_adapters_whose_scores_make_the_matrix(
     first = weights()
     assert list(first) == NAMES[:1]
     capsys.readouterr()
-    assert cli.main([*command, "--joint", f"runs/{NAMES[0]}/checkpoints/best"]) == 0
+    assert cli.main([*command, "--joint", f"runs/{NAMES[0]}/candidate"]) == 0
     told = capsys.readouterr().out
     assert f"{NAMES[0]}:\n  was trained and evaluated already: nothing was done" in told
     made = weights()
@@ -86,7 +86,7 @@ def test_a_sequence_is_a_chain_of_adapters_whose_scores_make_the_matrix(
 
     # Once more: nothing is trained, and the same is said.
     before = {path: sha256_file(path) for path in Path("runs/both").glob("continual.*")}
-    with_joint = [*command, "--joint", f"runs/{NAMES[0]}/checkpoints/best"]
+    with_joint = [*command, "--joint", f"runs/{NAMES[0]}/candidate"]
     assert cli.main([*with_joint, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["lineage"] == report["lineage"]
     assert {path: sha256_file(path) for path in before} == before
@@ -115,7 +115,7 @@ def test_any_model_is_scored_on_a_task_from_the_command_line(
     assert scores["covered"]["interval"][1] == scores["covered"]["exact_match"] == 1.0  # what the base has learned
     assert {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*")} == before
     assert cli.main(["evaluate", "--config", tasks[0], "--out", "scores.json"]) == 2
-    assert "--out goes with --adapter" in capsys.readouterr().err
+    assert "--out and --lm-eval go with --adapter" in capsys.readouterr().err
 
 
 def test_configurations_that_make_no_sequence_are_refused_with_every_reason(

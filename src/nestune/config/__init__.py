@@ -3,8 +3,6 @@
 from nestune.config.blocks import (
     DataConfig,
     EarlyStopping,
-    EvaluationConfig,
-    GateConfig,
     ImportanceConfig,
     LoraConfig,
     ModelConfig,
@@ -13,6 +11,7 @@ from nestune.config.blocks import (
     TierConfig,
     TrainingConfig,
 )
+from nestune.config.evaluation import EvaluationConfig, GateConfig, LmEvalConfig
 from nestune.config.files import dump_config, load_config, parse_config
 from nestune.config.retention import (
     KlConfig,
@@ -30,6 +29,7 @@ __all__ = [
     "GateConfig",
     "ImportanceConfig",
     "KlConfig",
+    "LmEvalConfig",
     "LoraConfig",
     "ModelConfig",
     "PromptsConfig",

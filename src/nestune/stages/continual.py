@@ -1,7 +1,7 @@
 """Tasks in sequence: each starts from the adapter of the one before; in the end every model is scored on all tasks."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +22,7 @@ from nestune.runs import RunPaths
 from nestune.stages.assign import assign
 from nestune.stages.evaluate import evaluate
 from nestune.stages.finished import check_before_running, is_evaluated
-from nestune.stages.scoring import HeldOut, candidate_folder, held_out_file, read_held_out, score_adapter
+from nestune.stages.scoring import HeldOut, held_out_file, read_held_out, score_adapter
 from nestune.stages.train import train
 from nestune.stages.validate import validate
 from nestune.stopping import StopRequests
@@ -138,7 +138,7 @@ def _following(config: RunConfig, earlier: Sequence[RunConfig]) -> RunConfig:
     if not earlier:
         return config
     content = config.model_dump(mode="json")
-    content["model"]["adapter"] = candidate_folder(earlier[-1], RunPaths.of(earlier[-1].name)).as_posix()
+    content["model"]["adapter"] = RunPaths.of(earlier[-1].name).candidate.as_posix()
     content["data"]["retention"] |= {
         f"{EARLIER}{task.name}": [held_out_file(RunPaths.of(task.name)).as_posix()] for task in earlier
     }
@@ -179,20 +179,15 @@ def _report(
 ) -> dict[str, Any]:
     """Score every model of the sequence on every set, and report the matrix with its metrics."""
     held_out = {task.name: read_held_out(task, RunPaths.of(task.name), base) for task in tasks}
-    general: dict[str, str] = {}
-    for task in tasks:
-        for set_name in task.data.retention:
-            if not set_name.startswith(EARLIER):
-                general.setdefault(set_name, task.name)
+    parts = _parts(tasks, held_out)
     start = tasks[0].model.adapter
     models = [resolve_adapter(start, tasks[0].registry) if start else None]
-    models += [candidate_folder(task, RunPaths.of(task.name)) for task in tasks]
+    models += [RunPaths.of(task.name).candidate for task in tasks]
     backend = make_backend(tasks[-1])
-    scored = [_score(backend, model, tasks, held_out, general, stop) for model in models]
-    of_joint = None
-    if joint is not None:
-        of_joint = _score(backend, resolve_adapter(joint, tasks[-1].registry), tasks, held_out, {}, stop)
-    lineage = Lineage(tuple(task.name for task in tasks), tuple(general), tuple(scored), of_joint)
+    scored = [_score(backend, model, parts, stop) for model in models]
+    of_joint = _score(backend, resolve_adapter(joint, tasks[-1].registry), parts, stop) if joint else None
+    general = tuple(name for name in scored[0] if name not in held_out)
+    lineage = Lineage(tuple(held_out), general, tuple(scored), of_joint)
     return {
         "name": name,
         "base": {"reference": base.reference, "revision": base.revision, "sha256": base.sha256},
@@ -214,19 +209,24 @@ def _link(task: RunConfig, adapter: Path | None, held_out: Mapping[str, HeldOut]
     }
 
 
-def _score(
-    backend: Backend,
-    model: Path | None,
-    tasks: Sequence[RunConfig],
-    held_out: Mapping[str, HeldOut],
-    general: Mapping[str, str],
-    stop: StopRequests,
-) -> dict[str, Score]:
-    """The scores of one model on what each task holds out, and on each general set as the first task with it has it."""
-    scores: dict[str, Score] = {}
+def _parts(tasks: Sequence[RunConfig], held_out: Mapping[str, HeldOut]) -> list[HeldOut]:
+    """Of each task what it is scored on: its own rows, under its name, and the general sets that no task before has."""
+    parts: list[HeldOut] = []
+    seen: set[str] = set()
     for task in tasks:
         own = held_out[task.name]
-        sets = {task.name: own.sets[NEW_TASK]}
-        sets |= {name: own.sets[name] for name, owner in general.items() if owner == task.name}
-        scores |= score_adapter(backend, model, sets, own.tokenizer, task, stop)
+        general = [name for name in task.data.retention if not name.startswith(EARLIER) and name not in seen]
+        seen.update(general)
+        # What lm-evaluation-harness asks is the same at every task.
+        evaluation = own.evaluation.model_copy(update={"lm_eval": None}) if parts else own.evaluation
+        sets = {task.name: own.sets[NEW_TASK]} | {name: own.sets[name] for name in general}
+        parts.append(replace(own, sets=sets, evaluation=evaluation))
+    return parts
+
+
+def _score(backend: Backend, model: Path | None, parts: Sequence[HeldOut], stop: StopRequests) -> dict[str, Score]:
+    """The scores of one model on all that the tasks are scored on."""
+    scores: dict[str, Score] = {}
+    for part in parts:
+        scores |= score_adapter(backend, model, part, stop)
     return scores
