@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,6 +24,7 @@ COMMANDS = {
     "register": "register the adapter in MLflow, and promote it if the gate let it pass",
     "run": "all of these, one after the other",
     "export": "write the adapter for PEFT, for mlx-lm, merged into the base, or as GGUF, and check what was written",
+    "continual": "train tasks in sequence, each from the adapter before, and score every model on all of them",
     "status": "tell how a run stands, or all of them: step, losses, updates, tokens/s, time left",
     "stop": "ask a run to stop at its next step, with a checkpoint, and wait until it has",
 }
@@ -57,7 +58,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _action(options: argparse.Namespace) -> Callable[[argparse.Namespace], None]:
     if options.command in OF_A_RUN:
         return _of_a_run
-    if options.command == "evaluate" and (options.adapter or options.out):
+    if options.command == "continual":
+        return _continual
+    if options.command == "evaluate" and (options.adapter or options.out or options.lm_eval):
         return _evaluate_adapter
     return _run
 
@@ -108,6 +111,15 @@ def add_run_options(parser: argparse.ArgumentParser, trains: bool) -> None:
         )
 
 
+def _add_continual_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("configs", type=Path, nargs="+", metavar="FILE", help="YAML files of the tasks, in their order")
+    parser.add_argument("--name", default="continual", metavar="SEQUENCE", help="its report is in runs/<name>")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="in every task, e.g. training.steps=20"
+    )
+    parser.add_argument("--joint", metavar="ADAPTER", help="one that was trained on all tasks at once, to compare with")
+
+
 def _add_evaluate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter",
@@ -115,6 +127,13 @@ def _add_evaluate_options(parser: argparse.ArgumentParser) -> None:
         help="score only this one, on the same sets, with no gate: a folder, models:/<name>@<alias>, or base",
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="with --adapter: write the scores there as JSON")
+    parser.add_argument(
+        "--lm-eval",
+        action="append",
+        metavar="TASK",
+        help="with --adapter: also score it on a task of lm-evaluation-harness; repeatable",
+    )
+    parser.add_argument("--lm-eval-path", metavar="FOLDER", help="where task files of one's own are")
 
 
 def _add_export_options(parser: argparse.ArgumentParser) -> None:
@@ -169,9 +188,30 @@ def _evaluate_adapter(options: argparse.Namespace) -> None:
     from nestune.stages.evaluate_adapter import evaluate_adapter
 
     if options.adapter is None:
-        raise ConfigError("--out goes with --adapter; the evaluation of a run is in runs/<name>/evaluation")
-    config = load_config(options.config, options.set, options.name)
+        raise ConfigError(
+            "--out and --lm-eval go with --adapter; the evaluation of a run is in runs/<name>/evaluation, "
+            "and asks of lm-evaluation-harness what evaluation.lm_eval says"
+        )
+    overrides = list(options.set)
+    if options.lm_eval:
+        asked = {"tasks": options.lm_eval, "path": options.lm_eval_path}
+        overrides.append(f"evaluation.lm_eval={json.dumps(asked)}")
+    config = load_config(options.config, overrides, options.name)
     _print(evaluate_adapter(config, RunPaths.of(config.name), options.adapter, options.out), options)
+
+
+def _continual(options: argparse.Namespace) -> None:
+    from nestune.config import load_config
+    from nestune.stages.continual import continual
+    from nestune.stages.dead_runs import end_dead_runs
+
+    def tell(title: str, lines: Sequence[str]) -> None:
+        if not options.json:
+            print(f"{title}:", *lines, sep="\n  ", flush=True)
+
+    configs = [load_config(path, options.set) for path in options.configs]
+    end_dead_runs()
+    _print(continual(configs, options.name, options.joint, tell), options)
 
 
 def _print(result: Result, options: argparse.Namespace) -> None:
@@ -232,6 +272,8 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=purpose, description=f"{purpose[:1].upper()}{purpose[1:]}.")
         if name in OF_A_RUN:
             command.add_argument("run", metavar="RUN", nargs="?" if name == "status" else None, help="name of the run")
+        elif name == "continual":
+            _add_continual_options(command)
         else:
             add_run_options(command, trains=name in ("train", "run"))
         if name == "stop":

@@ -3,14 +3,13 @@
 from nestune.config.blocks import (
     DataConfig,
     EarlyStopping,
-    EvaluationConfig,
-    GateConfig,
     LoraConfig,
     ModelConfig,
     RegistryConfig,
     RunConfig,
     TrainingConfig,
 )
+from nestune.config.evaluation import EvaluationConfig, GateConfig, LmEvalConfig
 from nestune.config.files import dump_config, load_config, parse_config
 from nestune.config.retention import (
     KlConfig,
@@ -29,6 +28,7 @@ __all__ = [
     "GateConfig",
     "ImportanceConfig",
     "KlConfig",
+    "LmEvalConfig",
     "LoraConfig",
     "ModelConfig",
     "PromptsConfig",

@@ -173,7 +173,9 @@ def _told(score: Score, measure: Measure, confidence: float) -> dict[str, Any]:
 
 def _number(score: Score, measure: Measure) -> float:
     """The score such that more is better."""
-    return -score.loss if measure == "loss" else score.value
+    if measure == "loss":
+        return math.nan if score.loss is None else -score.loss
+    return score.value
 
 
 def _outcomes(scores: Sequence[Score], measure: Measure) -> list[Outcomes] | None:

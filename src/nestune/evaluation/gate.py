@@ -157,7 +157,7 @@ def _check(rule: Rule, set_name: str, candidate: Score, reference: Score, confid
         seen, interval = _good(reference) - _good(candidate), -gain if gain else None
         passed = seen <= rule.limit + TOLERANCE or (interval is not None and interval.low <= 0)
     check = Check(rule, set_name, measure, seen, passed, sentence="", interval=interval)
-    return replace(check, sentence=_sentence(check, candidate.value, reference.value, confidence))
+    return replace(check, sentence=_sentence(check, candidate, reference.value, confidence))
 
 
 def _shows_what_was_kept(checks: Iterable[Check]) -> bool:
@@ -172,13 +172,13 @@ def _nothing_asked(rule: Rule, measure: str) -> bool:
     return (rule.kind, measure, rule.limit) == ("learned", "exact_match", 0)
 
 
-def _sentence(check: Check, value: float, compared: float, confidence: float) -> str:
+def _sentence(check: Check, candidate: Score, compared: float, confidence: float) -> str:
     """What was seen and what is asked.
 
     E.g. `general: exact match 0.58, 0.41 below the parent's 0.99 (95 % interval [0.35, 0.47]); at most 0.05 below is
     allowed`.
     """
-    rule, measure, seen = check.rule, check.measure, check.seen or 0.0
+    rule, measure, value, seen = check.rule, check.measure, candidate.value, check.seen or 0.0
     decimals = _decimals(seen, rule)
     up, down = ("above", "below") if measure == "exact_match" else ("below", "above")
     side = "above" if value > compared else "below"
@@ -198,7 +198,7 @@ def _sentence(check: Check, value: float, compared: float, confidence: float) ->
     interval = check.interval if seen >= 0 or check.interval is None else -check.interval
     between = f" ({100 * confidence:g} % interval {interval.text(decimals)})" if interval else ""
     return (
-        f"{check.set}: {measure.replace('_', ' ')} {value:.{decimals}f}, "
+        f"{check.set}: {candidate.called} {value:.{decimals}f}, "
         f"{change} the {rule.against}'s {compared:.{decimals}f}{between}; {asked}"
     )
 
@@ -308,7 +308,7 @@ def _good(score: Score) -> float:
 
 
 def _is_finite(score: Score) -> bool:
-    return math.isfinite(score.loss) and math.isfinite(score.value)
+    return math.isfinite(score.value) and (score.loss is None or math.isfinite(score.loss))
 
 
 def _decimals(seen: float, rule: Rule) -> int:

@@ -90,7 +90,7 @@ def score_as_json(score: Score, confidence: float) -> dict[str, Any]:
 def flat_metrics(report: Mapping[str, Any]) -> dict[str, Any]:
     """The candidate's numbers and the verdict, as `dvc metrics show` lists them."""
     numbers = {
-        name: {key: score[key] for key in ("exact_match", "loss") if score[key] is not None}
+        name: {score["metric"] or key: score[key] for key in ("exact_match", "loss") if score[key] is not None}
         for name, score in report["scores"]["candidate"].items()
     }
     return {
@@ -156,7 +156,7 @@ def _table_row(report: Mapping[str, Any], set_name: str, titles: Mapping[str, st
     return {
         "set": set_name,
         "rows": report["dataset"]["rows"][set_name],
-        "measure": "exact match" if has_answers else "loss",
+        "measure": candidate["metric"] or ("exact match" if has_answers else "loss"),
         "cells": [
             _cell(of_model[model], has_answers, sign="") | {"interval": _interval(of_model[model]["interval"], sign="")}
             for model in titles.values()

@@ -60,15 +60,17 @@ class Score:
 
     `loss` in nats per supervised token, over `tokens` of them; `exact_match` the share (0 to 1) of the
     `answers` that are reproduced greedily, None when no row has an answer; `examples` the first wrong ones;
-    `outcomes` what `value` is made of, None where only the sum is known.
+    `outcomes` what `value` is made of, None where only the sum is known. Where another program has scored, `metric`
+    names what stands in place of the exact match, and there is no loss.
     """
 
-    loss: float
+    loss: float | None
     tokens: int
     exact_match: float | None
     answers: int
     examples: tuple[Example, ...] = ()
     outcomes: Outcomes | None = None
+    metric: str | None = None
 
     @property
     def measure(self) -> str:
@@ -78,11 +80,18 @@ class Score:
     @property
     def value(self) -> float:
         """What the set is judged by, as a number: the exact match, or the loss where there are no answers."""
-        return self.loss if self.exact_match is None else self.exact_match
+        if self.exact_match is not None:
+            return self.exact_match
+        return math.nan if self.loss is None else self.loss
+
+    @property
+    def called(self) -> str:
+        """The measure as people read it."""
+        return self.metric or self.measure.replace("_", " ")
 
     def as_dict(self) -> dict[str, Any]:
         """The score as a JSON object without its outcomes, in which a loss that is not finite is null."""
-        loss = self.loss if math.isfinite(self.loss) else None
+        loss = self.loss if self.loss is not None and math.isfinite(self.loss) else None
         return {key: value for key, value in asdict(replace(self, outcomes=None)).items() if key != "outcomes"} | {
             "loss": loss
         }

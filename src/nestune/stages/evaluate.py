@@ -98,14 +98,15 @@ def evaluate(config: RunConfig, run: RunPaths, backend: Backend | None = None) -
     dataset, sets = held_out.dataset, held_out.sets
     backend = backend or make_backend(config)
     adapters = {model: sha256_file(weights_file(folder)) if folder else None for model, folder in folders.items()}
-    scores = _score_once(backend, folders, adapters, held_out, config, StopRequests(run))
+    scores = _score_once(backend, folders, adapters, held_out, StopRequests(run))
     verdict = decide(scores, config.gate)
     metadata = read_json(candidate / METADATA, "Run nestune train again.")
     evaluation = Evaluation(
         config=config,
         base=base,
         dataset_sha256=dataset.sha256,
-        rows={"train": len(dataset.train)} | {name: len(rows) for name, rows in sets.items()},
+        rows={"train": len(dataset.train)}
+        | {name: len(sets[name]) if name in sets else s.answers for name, s in scores["candidate"].items()},
         history=history,
         adapters=adapters,
         candidate_step=metadata["step"],
@@ -158,14 +159,13 @@ def _score_once(
     folders: Mapping[str, Path | None],
     adapters: Mapping[str, str | None],
     held_out: HeldOut,
-    config: RunConfig,
     stop: StopRequests,
 ) -> dict[str, dict[str, Score]]:
     """The scores of each model; models with the same adapter are scored once."""
     scored: dict[str | None, dict[str, Score]] = {}
     for model, folder in folders.items():
         if adapters[model] not in scored:
-            scored[adapters[model]] = score_adapter(backend, folder, held_out.sets, held_out.tokenizer, config, stop)
+            scored[adapters[model]] = score_adapter(backend, folder, held_out, stop)
     return {model: scored[adapters[model]] for model in folders}
 
 

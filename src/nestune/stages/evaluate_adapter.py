@@ -48,7 +48,7 @@ class AdapterScores:
         for name, score in self.scores.items():
             interval = score_interval(score, self.confidence)
             between = f" {interval.text(3)}" if interval else ""
-            unit = f"of {score.answers} answers exact" if score.measure == "exact_match" else "nats per token"
+            unit = "nats per token" if score.measure == "loss" else f"{score.called} of {score.answers} answers"
             lines.append(f"{name:{width}}  {score.value:.3f}{between} {unit}")
         return lines
 
@@ -65,7 +65,7 @@ def evaluate_adapter(
     base = resolve_base(config.model)
     folder = None if adapter == BASE else resolve_adapter(adapter, config.registry)
     held_out = read_held_out(config, run, base)
-    scores = score_adapter(backend or make_backend(config), folder, held_out.sets, held_out.tokenizer, config)
+    scores = score_adapter(backend or make_backend(config), folder, held_out)
     result = AdapterScores(
         adapter=adapter,
         adapter_sha256=sha256_file(weights_file(folder)) if folder else None,

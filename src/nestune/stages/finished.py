@@ -14,6 +14,7 @@ from nestune.files import read_json, sha256_file
 from nestune.registry.mlflow_run import flatten
 from nestune.runs import RunPaths
 from nestune.stages.train import check_before_training
+from nestune.training.checkpoints import newest_checkpoint
 from nestune.training.start import has_ended
 
 MANIFEST_REMEDY = "Delete it; the stages write it anew."
@@ -51,7 +52,7 @@ def check_before_running(
         return None
     trained = [config.data.train, () if isinstance(config.data.valid, float) else config.data.valid]
     _refuse_changed(run, [*trained, config.retention.replay.files], f"{checkpoint.folder} was trained")
-    if not (has_ended(checkpoint, config) and _is_registered(run)):
+    if not (has_ended(checkpoint, config) and _is_done(run, "register", run.registration)):
         return None
     differing = _differing(config, run)
     if differing:
@@ -79,15 +80,24 @@ def _refuse_changed(run: RunPaths, sets: Sequence[Sequence[str]], since: str) ->
         )
 
 
-def _is_registered(run: RunPaths) -> bool:
-    """Whether the last stage was done with the checkpoint and the evaluation that are there now."""
-    if not (run.manifest.exists() and run.registration.exists()):
+def is_evaluated(config: RunConfig, run: RunPaths) -> bool:
+    """Whether a run has been trained to its end and evaluated with this configuration and this data."""
+    newest = newest_checkpoint(run)
+    if newest is None or not has_ended(newest, config) or not _is_done(run, "evaluate", run.evaluation / "report.json"):
         return False
-    told = read_json(run.manifest, MANIFEST_REMEDY).get("register", {"inputs": {}, "outputs": {}})
+    if _differing(config, run):
+        return False
+    sources = read_json(run.dataset / "report.json", "Run nestune validate again.", keys=["sources"])["sources"]
+    return all(Path(path).is_file() and sha256_file(Path(path)) == sha256 for path, sha256 in sources.items())
+
+
+def _is_done(run: RunPaths, stage: str, result: Path) -> bool:
+    """Whether a stage was done with the files that are there now, and its result is there."""
+    if not (run.manifest.exists() and result.exists()):
+        return False
+    told = read_json(run.manifest, MANIFEST_REMEDY).get(stage, {"inputs": {}, "outputs": {}})
     files = {Path(path): sha256 for path, sha256 in [*told["inputs"].items(), *told["outputs"].items()]}
-    return run.registration in files and all(
-        path.is_file() and sha256_file(path) == sha256 for path, sha256 in files.items()
-    )
+    return result in files and all(path.is_file() and sha256_file(path) == sha256 for path, sha256 in files.items())
 
 
 def _differing(config: RunConfig, run: RunPaths) -> list[str]:

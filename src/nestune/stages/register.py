@@ -106,7 +106,7 @@ def _lineage(run: RunPaths, candidate: Path, report: Mapping[str, Any]) -> dict[
 
 def _log_evaluation(tracked: MlflowRun, run: RunPaths, report: Mapping[str, Any]) -> None:
     numbers = {
-        f"evaluation/{model}/{name}/{measure}": score[measure]
+        f"evaluation/{model}/{name}/{score.get('metric') or measure}": score[measure]
         for model, by_set in report["scores"].items()
         for name, score in by_set.items()
         for measure in ("loss", "exact_match")

@@ -47,6 +47,7 @@ class Counting:
         self.loss, self.generate, self.save_adapter = backend.loss, backend.generate, backend.save_adapter
         self.lora_parameters, self.prepare_training = backend.lora_parameters, backend.prepare_training
         self.train_step, self.weights = backend.train_step, backend.weights
+        self.logits = backend.logits
 
     def show_adapter(self, folder: Path | None) -> None:
         self.loaded.append(folder)
@@ -242,11 +243,50 @@ def test_any_adapter_is_scored_as_in_an_evaluation_and_the_run_stays_as_it_is(
         assert written == json.loads(json.dumps(result.as_dict(), allow_nan=False))
         assert written["adapter_sha256"] == read_json(run.evaluation / "report.json", "")["adapters"][model]
         lines = result.summary()
-        assert re.fullmatch(r"new_task +\d\.\d{3} \[\d\.\d{3}, \d\.\d{3}\] of 6 answers exact", lines[1])
+        assert re.fullmatch(r"new_task +\d\.\d{3} \[\d\.\d{3}, \d\.\d{3}\] exact match of 6 answers", lines[1])
         assert re.fullmatch(r"texts +\d+\.\d{3} \[\d+\.\d{3}, \d+\.\d{3}\] nats per token", lines[3])
     assert contents(run.root) == before
     with pytest.raises(ConfigError, match="no such folder"):
         evaluate_adapter(config, run, str(tmp_path / "nothing"), backend=backend)
+
+
+def test_a_task_of_lm_evaluation_harness_is_a_retention_set_like_any_other(
+    config: RunConfig, run: RunPaths, backend: Counting, tmp_path: Path
+) -> None:
+    documents = tmp_path / "colours.jsonl"
+    rows = [{"said": name, "right": COLOURS.index(colour)} for name, colour in zip(NAMES, COLOURS, strict=True)]
+    documents.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "colours",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(documents)}, "cache_dir": str(tmp_path / "cache")},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "the colour of {{said}} ?",
+        "doc_to_choice": COLOURS[:3],
+        "doc_to_target": "{{right}}",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        "metadata": {"version": 1},
+    }
+    (tmp_path / "colours.yaml").write_text(json.dumps(task))
+    asks = {"lm_eval": {"tasks": ["colours"], "path": str(tmp_path)}}
+    content = config.model_dump(mode="json")
+    with_task = RunConfig.model_validate(content | {"evaluation": content["evaluation"] | asks})
+    result = evaluate(with_task, run, backend)
+    report = read_json(run.evaluation / "report.json", "")
+    for model, by_set in result.scores.items():
+        assert list(by_set) == ["new_task", "lives", "texts", "lm_eval/colours"]
+        right = read_json(run.evaluation / "rows.json", "")["lm_eval/colours"][model]["right"]
+        assert by_set["lm_eval/colours"].value == right.count("1") / len(NAMES)
+    assert report["scores"]["candidate"]["lm_eval/colours"]["metric"] == "acc"
+    assert report["dataset"]["rows"]["lm_eval/colours"] == len(NAMES)
+    (check,) = [check for check in report["checks"] if check["set"] == "lm_eval/colours"]
+    assert check["rule"] == "kept"
+    assert check["sentence"].startswith("lm_eval/colours: acc ")
+    assert "acc" in read_json(run.evaluation / "metrics.json", "")["retention"]["lm_eval/colours"]
+    assert "6 rows, by acc" in (run.evaluation / "report.html").read_text()
+    alone = evaluate_adapter(with_task, run, "base", backend=backend)
+    assert alone.scores["lm_eval/colours"] == result.scores["base"]["lm_eval/colours"]
 
 
 def test_the_same_inputs_give_the_same_bytes(config: RunConfig, run: RunPaths) -> None:
