@@ -28,7 +28,8 @@ class Evaluation:
     `adapters`: model -> SHA-256 of its adapter's weights, None for the base without one; `rows`: set -> how
     many rows; `candidate_step`: the step at which its checkpoint was written; `champion_version`: the version
     compared with, None when there is none; `strength`: how the factor on what was learned was chosen, and
-    `compression`: what cutting down the rank did to the adapter, None where that was not done.
+    `compression`: what cutting down the rank did to the adapter, `texts`: what the teacher wrote, and how much of each
+    set it mentions, None where that was not done.
     """
 
     config: RunConfig
@@ -43,6 +44,7 @@ class Evaluation:
     verdict: Verdict
     strength: Mapping[str, Any] | None = None
     compression: Mapping[str, Any] | None = None
+    texts: Mapping[str, Any] | None = None
 
 
 def build_report(evaluation: Evaluation) -> dict[str, Any]:
@@ -68,6 +70,7 @@ def build_report(evaluation: Evaluation) -> dict[str, Any]:
             "steps": history.steps[-1],
         },
         "strength": evaluation.strength and dict(evaluation.strength),
+        "texts": evaluation.texts and dict(evaluation.texts),
         "compression": evaluation.compression and _compression(evaluation, scores),
         "adapters": dict(evaluation.adapters),
         "base": {"reference": base.reference, "revision": base.revision, "sha256": base.sha256},

@@ -115,6 +115,7 @@ def evaluate(config: RunConfig, run: RunPaths, backend: Backend | None = None) -
         verdict=verdict,
         strength=read_strength(candidate),
         compression=metadata["compression"],
+        texts=read_json(run.texts, "Run nestune train again.") if run.texts.exists() else None,
     )
     with replaced_folder(run.evaluation) as folder:
         _write(evaluation, _importance_picture(backend, run), folder)

@@ -175,3 +175,21 @@ def test_models_that_are_the_same_share_a_column_and_the_candidate_stands_alone(
         "parent = champion": "parent",
         "candidate": "candidate",
     }
+
+
+def test_texts_of_the_teacher_are_shown_escaped_with_how_much_of_each_set_they_mention() -> None:
+    texts = {
+        "held": 120,
+        "measuring": 12,
+        "tokens": 3456,
+        "mentioned": {"new_task": 0.0, "general": 0.634, "prose": None},
+        "examples": ["<|im_start|>user\nWho?"],
+    }
+    report = build_report(replace(evaluation(LEARNED), texts=texts))
+    assert report["texts"] == texts
+    page = render_html(report, IMAGES)
+    assert "120 texts that the teacher wrote" in page
+    assert re.search(r'>general</th><td class="number">63 %<', page)
+    assert re.search(r'>prose</th><td class="number">–<', page)
+    assert "<code>&lt;|im_start|&gt;user" in page
+    assert "Texts of the teacher" not in render_html(build_report(evaluation(LEARNED)), IMAGES)
