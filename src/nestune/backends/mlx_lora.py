@@ -68,13 +68,20 @@ class LoraLinear(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         output: mx.array = self.linear(x)
-        if self._parent is not None and self._parts.with_parent:
-            output = _add(output, x, *self._parent)
+        parent = self._parent if self._parts.with_parent else None
         if not self._parts.own:
-            return output
+            return output if parent is None else _add(output, x, *parent)
         if self.training and self._keep < 1:
+            output = output if parent is None else _add(output, x, *parent)
             x = x * mx.random.bernoulli(self._keep, x.shape, key=self._key) * (1 / self._keep)
-        return _add(output, x, self.lora_a, self.lora_b, self._scale)
+            return _add(output, x, self.lora_a, self.lora_b, self._scale)
+        if parent is None:
+            return _add(output, x, self.lora_a, self.lora_b, self._scale)
+        # As one adapter, whose product costs little more than that of one of them.
+        a, b, scale = parent
+        b = b if scale == self._scale else b * (scale / self._scale)
+        side_by_side = mx.concatenate([a, self.lora_a], axis=1), mx.concatenate([b, self.lora_b])
+        return _add(output, x, *side_by_side, self._scale)
 
     def set_parent(self, parent: "Part | None") -> None:
         """Compute, from now on, with this adapter as the parent's."""

@@ -77,40 +77,43 @@ def _forward(
     """(..., inputs) -> (..., outputs)."""
     base = module.get_base_layer()
     parent = parts.parent.get(path) if parts.with_parent else None
-    followed = torch.is_grad_enabled() and (x.requires_grad or (parts.own and _is_trained(module)))
     if not parts.own:
         output: Tensor = base(x)
-    elif followed or args or kwargs or not _goes_short(module, base, x):
-        output = as_peft(x, *args, **kwargs)
-    else:
-        a, b = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
-        output = _add(base(x), x, (a, b, module.scaling[ADAPTER]))
-    if parent is None:
-        return output
-    if not followed and output.dtype == x.dtype == parent[0].dtype and not torch.is_autocast_enabled(x.device.type):
-        return _add(output, x, parent)
-    a, b, scale = parent
-    return output + (scale * F.linear(F.linear(x.to(a.dtype), a), b)).to(output.dtype)
-
-
-def _is_trained(module: Any) -> bool:
-    return bool(module.lora_A[ADAPTER].weight.requires_grad or module.lora_B[ADAPTER].weight.requires_grad)
-
-
-def _goes_short(module: Any, base: Any, x: Tensor) -> bool:
-    """Whether W x + s B A x may be computed in place, to the same values."""
+        return output if parent is None else _add(output, x, parent)
     drops = module.training and not isinstance(module.lora_dropout[ADAPTER], nn.Identity)
-    mixed = torch.is_autocast_enabled(x.device.type)
-    return (
-        type(module) is Linear
-        and not (drops or mixed or module.merged or module.disable_adapters)
-        and x.dtype == module.lora_A[ADAPTER].weight.dtype == base.weight.dtype
-    )
+    plain = type(module) is Linear and not (drops or module.merged or module.disable_adapters or args or kwargs)
+    own = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight, module.scaling[ADAPTER]
+    if plain and parent is not None:
+        return _add(base(x), x, _side_by_side(parent, own))
+    followed = _is_followed(x, own[0], own[1])
+    if plain and not followed and _is_of_one_type(x, own[0], base.weight):
+        return _add(base(x), x, own)
+    output = as_peft(x, *args, **kwargs)
+    return output if parent is None else _add(output, x, parent)
+
+
+def _is_followed(*tensors: Tensor) -> bool:
+    """Whether autograd follows what is computed with these."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _is_of_one_type(x: Tensor, *others: Tensor) -> bool:
+    return all(other.dtype == x.dtype for other in others) and not torch.is_autocast_enabled(x.device.type)
+
+
+def _side_by_side(parent: Part, own: Part) -> Part:
+    """Both as one adapter, whose product costs little more than that of one of them."""
+    (a, b, scale), (own_a, own_b, own_scale) = parent, own
+    b = b if scale == own_scale else b * (scale / own_scale)
+    return torch.cat([a, own_a]), torch.cat([b, own_b], dim=1), own_scale
 
 
 def _add(output: Tensor, x: Tensor, part: Part) -> Tensor:
-    """Add s B A x to the output, in place."""
+    """The output, and s B A x; in place where autograd does not follow."""
     a, b, scale = part
-    inner = F.linear(x, a)
-    output.view(-1, len(b)).addmm_(inner.view(-1, len(a)), b.T, alpha=scale)
-    return output
+    if not _is_of_one_type(x, a, output):
+        return output + (scale * F.linear(F.linear(x.to(a.dtype), a), b)).to(output.dtype)
+    inner, rows = F.linear(x, a).reshape(-1, len(a)), output.reshape(-1, len(b))
+    if _is_followed(output, inner, b):
+        return torch.addmm(rows, inner, b.T, alpha=scale).view(output.shape)
+    return rows.addmm_(inner, b.T, alpha=scale).view(output.shape)
