@@ -9,8 +9,12 @@ import yaml
 from tests.pipeline.conftest import ROOT
 
 from nestune import cli
+from nestune.config import load_config
 from nestune.evaluation.scores import MODELS
 from nestune.files import sha256_file, write_json
+from nestune.runs import RunPaths
+from nestune.stages.continual import _following
+from nestune.stages.scoring import held_out_file
 
 TASKS = ("facts", "style")
 NAMES = [f"continual-{task}" for task in TASKS]
@@ -136,3 +140,19 @@ def test_configurations_that_make_no_sequence_are_refused_with_every_reason(
     ):
         assert fault in told
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("found_by_lineage", [False, True])
+def test_what_an_earlier_task_holds_out_is_measured_once(tasks: list[str], found_by_lineage: bool) -> None:
+    first, second = (load_config(Path(path)) for path in tasks)
+    replay = second.retention.replay.model_copy(update={"earlier_tasks": found_by_lineage})
+    second = second.model_copy(update={"retention": second.retention.model_copy(update={"replay": replay})})
+    run = RunPaths.of(first.name)
+    run.candidate.mkdir(parents=True)
+    run.dataset.mkdir()
+    held_out_file(run).write_text("")
+    following = _following(second, [first])
+    assert following.model.adapter == f"runs/{first.name}/candidate"
+    named = [] if found_by_lineage else [f"task_{first.name}"]
+    assert list(following.data.retention) == ["covered", *named]
+    assert _following(first, []) == first

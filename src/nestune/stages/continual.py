@@ -139,9 +139,10 @@ def _following(config: RunConfig, earlier: Sequence[RunConfig]) -> RunConfig:
         return config
     content = config.model_dump(mode="json")
     content["model"]["adapter"] = RunPaths.of(earlier[-1].name).candidate.as_posix()
-    content["data"]["retention"] |= {
-        f"{EARLIER}{task.name}": [held_out_file(RunPaths.of(task.name)).as_posix()] for task in earlier
-    }
+    if not config.retention.replay.earlier_tasks:  # else they are found, and named so, through the parent
+        content["data"]["retention"] |= {
+            f"{EARLIER}{task.name}": [held_out_file(RunPaths.of(task.name)).as_posix()] for task in earlier
+        }
     return parse_config(content, source=f"{config.name}, after {', '.join(task.name for task in earlier)}")
 
 
