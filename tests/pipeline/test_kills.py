@@ -18,7 +18,7 @@ kill = importlib.import_module("kill")
 killing = importlib.import_module("killing")
 
 STEPS, EVAL_EVERY, VALID_BATCHES, MICRO_BATCHES = 12, 3, 3, 2
-FORWARD = "nestune.backends.torch_backend:TorchBackend._mean_loss"
+FORWARD = "nestune.backends.torch_backend:TorchBackend._states_of"
 STEP = "nestune.backends.torch_backend:TorchBackend.train_step"
 BEST, ROTATING = "best in place of best", "periodic, rotating"
 

@@ -11,13 +11,14 @@ from nestune.registry.versions import resolve_adapter
 from nestune.runs import RUNS, RunPaths
 
 
-def earlier_sets(config: RunConfig) -> list[EarlierSets]:
+def earlier_sets(config: RunConfig, candidate: Path | None = None) -> list[EarlierSets]:
     """The sets of earlier tasks that belong to a run's dataset, the earliest first; their files are not looked for.
 
-    None where `retention.replay.earlier_tasks` is off, or there is no parent. Raises ConfigError when the parent does
-    not tell what it was trained on.
+    None where `retention.replay.earlier_tasks` is off, or there is no parent. candidate: the adapter that was trained
+    on them, whose lineage still tells them when the parent's alias has moved on. Raises ConfigError when the parent
+    does not tell what it was trained on.
     """
-    return [sets for _, sets in _tasks(config)]
+    return [sets for _, sets in _tasks(config, candidate)]
 
 
 def find_earlier_sets(config: RunConfig, run: RunPaths) -> list[EarlierSets]:
@@ -39,10 +40,13 @@ def find_earlier_sets(config: RunConfig, run: RunPaths) -> list[EarlierSets]:
     return found
 
 
-def _tasks(config: RunConfig) -> list[tuple[EarlierTask, EarlierSets]]:
+def _tasks(config: RunConfig, candidate: Path | None = None) -> list[tuple[EarlierTask, EarlierSets]]:
     if not config.retention.replay.earlier_tasks or config.model.adapter is None:
         return []
-    tasks = earlier_tasks(resolve_adapter(config.model.adapter, config.registry))
+    if candidate is not None:
+        tasks = earlier_tasks(candidate)[:-1]
+    else:
+        tasks = earlier_tasks(resolve_adapter(config.model.adapter, config.registry))
     if not tasks:
         raise ConfigError(
             f"retention.replay.earlier_tasks is on, but the parent {config.model.adapter} does not tell what it was "

@@ -91,10 +91,15 @@ def read_training_inputs(config: RunConfig, run: RunPaths) -> TrainingInputs:
     return TrainingInputs(config, base, dataset, pad_id_of(tokenizer, base.vocabulary), parent)
 
 
-def read_dataset(config: RunConfig, run: RunPaths, tokenizer: Tokenizer, base: BaseModel) -> Dataset:
-    """The dataset of a run; raises RunError when it is missing, has changed, or was made with other settings."""
+def read_dataset(
+    config: RunConfig, run: RunPaths, tokenizer: Tokenizer, base: BaseModel, candidate: Path | None = None
+) -> Dataset:
+    """The dataset of a run; raises RunError when it is missing, has changed, or was made with other settings.
+
+    candidate: the adapter that was trained on it, where there is one, to tell the tasks before.
+    """
     row_limit = base.row_limit(config.data.max_seq_length)
-    earlier, seed = earlier_sets(config), config.training.seed
+    earlier, seed = earlier_sets(config, candidate), config.training.seed
     return load_dataset(
         config.data, config.retention, tokenizer, row_limit, run.dataset, base.vocabulary, earlier, seed
     )

@@ -47,7 +47,8 @@ def read_held_out(config: RunConfig, run: RunPaths, base: BaseModel) -> HeldOut:
     lm-evaluation-harness are asked for and it is not installed.
     """
     tokenizer = load_tokenizer(base.folder)
-    dataset = read_dataset(config, run, tokenizer, base)
+    candidate = run.candidate if run.candidate.exists() else None
+    dataset = read_dataset(config, run, tokenizer, base, candidate)
     if config.evaluation.lm_eval is not None:
         check_installed()
     sets = {NEW_TASK: dataset.scored, **dataset.retention}
