@@ -4,7 +4,6 @@ What is timed is the CPU time of the process (one thread), and of training alone
 importances, the steps with everything in them; choosing the strength apart; scoring not at all.
 """
 
-import json
 import os
 import shutil
 import time
@@ -23,7 +22,7 @@ from nestune.config import RunConfig, parse_config
 from nestune.data.batches import evaluation_batches
 from nestune.data.dataset import Dataset
 from nestune.data.tokens import load_tokenizer, pad_id_of
-from nestune.evaluation.scores import Score
+from nestune.evaluation.scores import Score, score
 from nestune.runs import RunPaths
 from nestune.stages.candidate import make_candidate, read_strength
 from nestune.stages.inputs import TrainingInputs
@@ -92,8 +91,6 @@ class Pace:
 
 def score_rows(backend: Backend, dataset: Dataset, config: RunConfig) -> float:
     """Exact match on the rows that choose, as the model is now in training."""
-    from nestune.evaluation.scores import score
-
     return score(backend, dataset.valid, dataset.tokenizer, config.evaluation).value
 
 
@@ -141,9 +138,7 @@ def train(job: Job, folder: Path) -> dict[str, Any]:
         "full": scores_of(backend, run.checkpoints / FINAL, job.scored, dataset, config),
     }
     scaled = measured["factor"] != 1.0
-    measured["chosen"] = (
-        scores_of(backend, run.candidate, job.scored, dataset, config) if scaled else measured["full"]
-    )
+    measured["chosen"] = scores_of(backend, run.candidate, job.scored, dataset, config) if scaled else measured["full"]
     if inputs.written is not None:
         measured["texts"] = [dataset.tokenizer.decode(text, skip_special_tokens=True) for text in inputs.written.held]
     return measured

@@ -6,23 +6,23 @@ from typing import Any
 
 from retention_cell import NEW, Job, nothing_kept, score_base, train
 from retention_methods import Method, SequenceMethod, merged
-from retention_world import GENERAL, World, asked_in, records_of
+from retention_world import World, asked_in, records_of
 
 
-def one_task(world: World, method: Method, task: str = "new_facts") -> dict[str, Any]:
-    """Train a method on one task of a world."""
+def one_task(world: World, method: Method) -> dict[str, Any]:
+    """Train a method on the task of a world."""
     with nothing_kept() as folder:
         replayed = [world.file(method.replayed)] if method.replayed else []
-        measured = train(job_of(world, method.config(world.seed), task, replayed, {NEW: task}), folder / "run")
+        measured = train(job_of(world, method.config(world.seed), world.task, replayed, {NEW: world.task}), folder)
     return measured | {"mentioned": mentioned(world, measured.pop("texts", []))}
 
 
 def base_scores(world: World, tasks: Sequence[str]) -> dict[str, Any]:
     """What the base of a world knows of its general sets, and of tasks."""
-    method = Method("base", "", 1.0, 1)
     with nothing_kept() as folder:
-        job = job_of(world, method.config(world.seed), tasks[0], [], {task: task for task in tasks})
-        return {"scores": score_base(job, folder / "run")}
+        config = Method("base", "", 1.0, 1).config(world.seed)
+        job = job_of(world, config, world.task, [], {task: task for task in tasks})
+        return {"scores": score_base(job, folder)}
 
 
 def sequence(world: World, method: SequenceMethod, order: Sequence[str]) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def joint(world: World, method: SequenceMethod, order: Sequence[str]) -> dict[st
     with nothing_kept() as folder:
         others = [world.file(f"{task}/train") for task in order[1:]]
         others += [world.file(method.general)] if method.general else []
-        measured = train(job_of(world, method.config(world.seed), order[0], others, scored), folder / "run")
+        measured = train(job_of(world, method.config(world.seed), order[0], others, scored), folder)
     return {"order": list(order), "steps": [measured], "mentioned": None}
 
 
@@ -67,24 +67,30 @@ def job_of(
     """The training of a task of a world: its rows, those replayed, and what is scored, the general sets with it."""
     train_file, choose, test = (world.file(f"{task}/{name}") for name in ("train", "choose", "valid"))
     scored = {name: world.file(f"{of}/valid") for name, of in scored_tasks.items()}
-    scored |= {name: world.file(f"general/{name}") for name in GENERAL}
-    whole = {
+    scored |= {name: world.file(f"general/{name}") for name in world.general}
+    blocks: dict[str, Any] = {
         "name": "retention",
         "model": {"base": world.base, "backend": "torch"},
         "data": {"train": str(train_file), "valid": str(choose), "test": str(test)},
-        "retention": {"replay": {"files": [str(path) for path in replayed]}} if replayed else {},
     }
+    blocks = merged(blocks, world.given or {})
     if parent is not None:
-        whole["model"] |= {"adapter": str(parent)}
+        blocks["model"]["adapter"] = str(parent)
+    if replayed:
+        files = [str(path) for path in replayed]
+        blocks["retention"] = {"replay": {"files": files, "earlier_tasks": False}}
     sets = {"train": train_file, "valid": choose}
     sets |= {f"replay/{number}": path for number, path in enumerate(replayed)}
-    return Job(merged(config, whole), sets, scored, parent, store)
+    # The tasks of a sequence are not looked at on the way: only what they end with is told.
+    return Job(merged(config, blocks), sets, scored, parent, store, look=NEW in scored_tasks)
 
 
 def mentioned(world: World, texts: Sequence[str]) -> dict[str, str] | None:
-    """A digit for each row of the general sets: whether a text mentions it; None where there are no texts."""
+    """A digit for each row of the general sets: whether a text mentions it; None where that cannot be told."""
+    if world.given is not None or not texts:
+        return None
     asked = asked_in(world)
-    return {name: asked.mentioned(name, texts) for name in GENERAL} if texts else None
+    return {name: asked.mentioned(name, texts) for name in world.general}
 
 
 def untouched(world: World, replayed: str, tasks: Sequence[str]) -> dict[str, str]:
@@ -92,4 +98,4 @@ def untouched(world: World, replayed: str, tasks: Sequence[str]) -> dict[str, st
     asked = asked_in(world)
     rows = [str(record) for record in records_of(world.file(replayed))]
     asked_for = [str(record) for task in tasks for record in records_of(world.file(f"{task}/train"))]
-    return {name: asked.untouched(name, rows, asked_for) for name in GENERAL}
+    return {name: asked.untouched(name, rows, asked_for) for name in world.general}

@@ -3,8 +3,8 @@
 A world is made from its seed by demo/world.py; its base, by demo/pretrain.py, is made once and kept below
 ~/.cache/nestune/benchmarks/retention (or NESTUNE_CACHE) by the hash of what made it. Beside the demo's files it has
 
-    <task>/choose.jsonl      rows that choose checkpoint and strength: facts in phrasings, words in triples, that neither
-                             train.jsonl nor valid.jsonl of the task has; valid.jsonl is what the table reports
+    <task>/choose.jsonl      rows that choose the strength: facts in phrasings, words in triples, that neither
+                             train.jsonl nor valid.jsonl of the task has; the table reports valid.jsonl
     general/quarter.jsonl    the general rows that mention nobody but 40 of the 160 people
 """
 
@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,8 +24,11 @@ from types import ModuleType
 from typing import Any
 
 from nestune.base_model import resolve_base
-from nestune.config import ModelConfig
+from nestune.config import ModelConfig, load_config
+from nestune.data.tokens import tokenizer_files
 from nestune.files import sha256_files
+from nestune.runs import RunPaths
+from nestune.stages.validate import validate
 
 DEMO = Path(__file__).parents[1] / "demo"
 TASKS = ("new_facts", "new_style", "reversal")
@@ -37,28 +40,31 @@ REVERSAL_CHOOSE = 150
 
 @dataclass(frozen=True)
 class World:
-    """Folders of a world: its base model, and its data; sha256: of both."""
+    """Folders of a world: its base model, and its data; sha256: of both.
+
+    task: what a training on one task learns; general: the sets of what is to be kept. given: blocks of a configuration
+    for every training in a world that was not made here, whose rows are nobody's facts.
+    """
 
     seed: int
     base: str
     data: str
     sha256: str
+    task: str = TASKS[0]
+    general: tuple[str, ...] = GENERAL
+    given: Mapping[str, Any] | None = None
 
     @classmethod
-    def of(cls, seed: int, base: Path, data: Path) -> "World":
+    def of(cls, seed: int, base: Path, data: Path, **more: Any) -> "World":
         """The world of two folders, with the hash of what they hold."""
         files = sorted(data.rglob("*.jsonl"))
         model = resolve_base(ModelConfig(base=base.as_posix()))
-        content = f"{model.sha256} {sha256_files(data, files)} {sha256_files(base, [base / 'tokenizer.json'])}"
-        return cls(seed, base.as_posix(), data.as_posix(), hashlib.sha256(content.encode()).hexdigest())
+        content = f"{model.sha256} {sha256_files(data, files)} {sha256_files(base, tokenizer_files(base))}"
+        return cls(seed, base.as_posix(), data.as_posix(), hashlib.sha256(content.encode()).hexdigest(), **more)
 
     def file(self, name: str) -> Path:
         """A file of the data, such as `new_facts/train`."""
         return Path(self.data, f"{name}.jsonl")
-
-    def as_dict(self) -> dict[str, Any]:
-        """The world as JSON."""
-        return asdict(self)
 
 
 @cache
@@ -87,6 +93,40 @@ def world_of(seed: int, work: Path, steps: int = BASE_STEPS) -> World:
             make_base(seed, steps, data, Path(making, "base"))
             Path(making, "base").rename(base)
     return World.of(seed, base, data)
+
+
+def world_of_config(path: Path, seed: int, work: Path) -> World:
+    """The base and the data of a run's configuration as a world, in which a seed is that of training alone.
+
+    Its `valid` chooses, its `test` (or half of `valid`) is reported, its retention sets are the general ones, and the
+    files of retention.replay are what can be replayed. Raises what `validate` raises.
+    """
+    overrides = ["retention.recipe=none", "retention.strength={}"]
+    config = load_config(path, overrides)
+    data, run = work / "data-given", RunPaths(work / "run-given")
+    if not data.exists():
+        validate(config, run)
+        with TemporaryDirectory(dir=work) as making:
+            for found in sorted(run.dataset.rglob("*.jsonl")):
+                name = found.relative_to(run.dataset).with_suffix("").as_posix()
+                place = Path(making, "data", f"{_place(name)}.jsonl")
+                place.parent.mkdir(parents=True, exist_ok=True)
+                with place.open("ab") as file:
+                    file.write(found.read_bytes())
+            Path(making, "data").rename(data)
+    told: Any = {"model": True, "lora": True, "evaluation": {"batch_size", "max_answer_tokens"}}
+    blocks = config.model_dump(mode="json", include=told, exclude_unset=True)
+    given = blocks | {"training": config.training.model_dump(mode="json", include={"batch_size", "precision"})}
+    base = resolve_base(config.model).folder
+    return World.of(seed, base, data, task="given", general=tuple(config.data.retention), given=given)
+
+
+def _place(name: str) -> str:
+    """Where a set of a dataset is in a world."""
+    kind, _, rest = name.partition("/")
+    if kind == "retention":
+        return f"general/{rest}"
+    return {"replay": "general/replay", "valid": "given/choose", "test": "given/valid"}.get(kind, f"given/{kind}")
 
 
 def cache_folder() -> Path:
@@ -130,9 +170,7 @@ def write_data(seed: int, out: Path) -> None:
             for question in _unused(demo, world, fact, demo.STYLE_PHRASINGS)[:2]
         ],
         "reversal/choose": demo._skill(_unused_triples(demo, seed), demo.REVERSAL_PROMPTS, reverse=True),
-        "general/quarter": [
-            record for record in general if not any(person in json.dumps(record) for person in others)
-        ],
+        "general/quarter": [record for record in general if not any(person in json.dumps(record) for person in others)],
     }
     for name, records in splits.items():
         (out / f"{name}.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records), encoding="utf-8")
@@ -186,7 +224,7 @@ class Asked:
 
 
 def asked_in(world: World) -> Asked:
-    """What the general sets of a world ask."""
+    """What the general sets of a world that was made here ask."""
     made = demo_module("world").make_world(world.seed)
     everybody = (*made.covered, *made.uncovered)
     people, values = {}, {}
