@@ -42,7 +42,8 @@ class SequenceMethod:
     """One way to train on a task after the other.
 
     general: the file of general rows that every task replays; earlier: whether those of earlier tasks are replayed;
-    store: how many rows are kept of each; joint: all at once, in place of one after the other.
+    store: how many rows are kept of each; joint: all at once, in place of one after the other; control: only
+    something to compare with, for which fewer sequences will do.
     """
 
     name: str
@@ -53,6 +54,7 @@ class SequenceMethod:
     earlier: bool = False
     store: int | None = None
     joint: bool = False
+    control: bool = False
 
     def config(self, seed: int) -> dict[str, Any]:
         """The blocks of the configuration of each of its trainings, model and data left out."""
@@ -68,7 +70,7 @@ def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return both
 
 
-KL = {"weight": 10.0, "every": 1, "rows_per_step": 0.5, "self_written": {"texts": 1000, "opening": "chat"}}
+KL = {"weight": 10.0, "every": 1, "rows_per_step": 0.5, "self_written": {"texts": 1000, "opening": "both"}}
 
 
 def tiers(strategy: str, *update_every: int, **more: Any) -> Blocks:
@@ -137,6 +139,7 @@ ONE_TASK: tuple[Method, ...] = (
     Method("replay + 8 rows", "replay", TIER_RATE, TIER_STEPS, replay(8), "general/replay"),
     Method("KL, 16 texts every 2nd", "KL", 2e-3, 300, kl(weight=20.0, every=2, rows_per_step=16)),
     Method("KL, 32 texts every 4th", "KL", 2e-3, 300, kl(weight=20.0, every=4, rows_per_step=32)),
+    Method("KL, half of the batch, weight 20", "KL", 2e-3, 450, kl(weight=20.0)),
     Method("L2 0.01", "L2", TIER_RATE, TIER_STEPS, {"retention": {"l2": 0.01}}),
     Method(
         "deep fast + replay 10 %",
@@ -154,7 +157,7 @@ ONE_TASK: tuple[Method, ...] = (
         {**tiers("layer_depth_reversed", 1, 2, 4), **kl(weight=20.0, every=4, rows_per_step=32)},
     ),
     Method(NO_OLD_DATA, "recipes", 2e-3, 450, {"retention": {"recipe": "no_old_data"}}),
-    Method(WITH_REPLAY, "recipes", 2e-3, 400, {"retention": {"recipe": "with_replay"}}, "general/replay"),
+    Method(WITH_REPLAY, "recipes", 2e-3, 450, {"retention": {"recipe": "with_replay"}}, "general/replay"),
 )
 
 REPLAY_ALONE: Blocks = {"retention": {"strength": None, "replay": {"rows_per_step": 8}}}
@@ -173,10 +176,10 @@ SEQUENCE: tuple[SequenceMethod, ...] = (
         ALL,
         joint=True,
     ),
-    SequenceMethod(ONE_BY_ONE, 2e-3, 250, {"retention": {"strength": None}}),
-    SequenceMethod(REPLAY, 2e-3, 400, REPLAY_ALONE, ALL, earlier=True),
+    SequenceMethod(ONE_BY_ONE, 2e-3, 250, {"retention": {"strength": None}}, control=True),
+    SequenceMethod(REPLAY, 2e-3, 400, REPLAY_ALONE, ALL, earlier=True, control=True),
     SequenceMethod(WITH_REPLAY, 2e-3, 500, RECIPE, ALL, earlier=True),
-    SequenceMethod(STORED, 2e-3, 400, RECIPE, ALL, earlier=True, store=64),
-    SequenceMethod(REPLAY_QUARTER, 2e-3, 400, REPLAY_ALONE, QUARTER, earlier=True),
+    SequenceMethod(STORED, 2e-3, 500, RECIPE, ALL, earlier=True, store=64),
+    SequenceMethod(REPLAY_QUARTER, 2e-3, 400, REPLAY_ALONE, QUARTER, earlier=True, control=True),
     SequenceMethod(RECIPE_QUARTER, 2e-3, 500, RECIPE, QUARTER, earlier=True),
 )

@@ -13,6 +13,7 @@ import numpy as np
 
 from nestune.evaluation.continual import metrics_of
 from nestune.evaluation.uncertainty import CONFIDENCE, RESAMPLES, percentiles
+from retention_cell import NEW
 from retention_cells import Cell
 from retention_methods import (
     JOINT,
@@ -26,10 +27,20 @@ from retention_methods import (
     Method,
     SequenceMethod,
 )
-from retention_runs import NEW
 
 TIE = 0.03
 ENOUGH = 0.95
+SEQUENCE_FIGURES = (
+    "average_accuracy",
+    "of_joint",
+    "backward_transfer",
+    "forgetting",
+    "general",
+    "uncovered",
+    "step_cpu_s",
+    "last_cpu_s",
+    "cost_of_joint",
+)
 Results = Iterable[tuple[Cell, dict[str, Any]]]
 Masks = Callable[[Cell], Mapping[str, str]]
 
@@ -91,11 +102,13 @@ def mean(values: Iterable[float | None]) -> float | None:
 
 def one_task_rows(results: Results) -> list[dict[str, Any]]:
     """The figures of each method on one task, in the order of the methods; compared with the best plain LoRA."""
-    by_method: dict[Method, dict[int, dict[str, Any]]] = defaultdict(dict)
+    methods: dict[str, Method] = {}
+    by_method: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
     for cell, result in results:
         if isinstance(cell.method, Method):
-            by_method[cell.method][cell.world.seed] = seed_figures(result, cell.world.general)
-    rows = [row_of(method, seeds) for method, seeds in by_method.items()]
+            methods[cell.method.name] = cell.method
+            by_method[cell.method.name][cell.world.seed] = seed_figures(result, cell.world.general)
+    rows = [row_of(methods[name], seeds) for name, seeds in by_method.items()]
     best = best_plain(rows)
     for row in rows:
         compare(row, best)
@@ -181,24 +194,31 @@ def sequence_rows(results: Results, untouched: Masks) -> list[dict[str, Any]]:
 
     untouched: the rows of a cell's general sets that no replayed row and no task speaks of.
     """
-    by_method: dict[SequenceMethod, list[tuple[Cell, dict[str, Any]]]] = defaultdict(list)
+    methods: dict[str, SequenceMethod] = {}
+    by_method: dict[str, list[tuple[Cell, dict[str, Any]]]] = defaultdict(list)
     bases: dict[int, Mapping[str, str]] = {}
     for cell, result in results:
         if isinstance(cell.method, SequenceMethod):
-            by_method[cell.method].append((cell, result))
+            methods[cell.method.name] = cell.method
+            by_method[cell.method.name].append((cell, result))
         elif cell.method is None:
             bases[cell.world.seed] = result["scores"]
     figures = {
-        method: [lineage_figures(cell, result, bases.get(cell.world.seed), untouched(cell)) for cell, result in cells]
-        for method, cells in by_method.items()
+        name: [lineage_figures(cell, result, bases.get(cell.world.seed), untouched(cell)) for cell, result in cells]
+        for name, cells in by_method.items()
     }
-    joint = {one["seed"]: one for method, every in figures.items() if method.joint for one in every}
+    joint = {one["seed"]: one for name, every in figures.items() if methods[name].joint for one in every}
     for every in figures.values():
         for one in every:
             upper = joint.get(one["seed"])
-            one["of_joint"] = one["average_accuracy"] / upper["average_accuracy"] if upper else None
-            one["cost_of_joint"] = one["last_cpu_s"] / upper["last_cpu_s"] if upper else None
-    return [sequence_row(method, every) for method, every in figures.items()]
+            one["of_joint"] = ratio(one, upper, "average_accuracy")
+            one["cost_of_joint"] = ratio(one, upper, "last_cpu_s")
+    return [sequence_row(methods[name], every) for name, every in figures.items()]
+
+
+def ratio(one: Mapping[str, Any], other: Mapping[str, Any] | None, name: str) -> float | None:
+    """A figure, as a share of another's; None where that is not there, or 0."""
+    return float(one[name] / other[name]) if other and other[name] else None
 
 
 def lineage_figures(
@@ -229,10 +249,8 @@ def lineage_figures(
 
 def sequence_row(method: SequenceMethod, every: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """A method's figures: the mean over its sequences, and its interval."""
-    names = ("average_accuracy", "of_joint", "backward_transfer", "forgetting", "general", "uncovered")
-    names += ("step_cpu_s", "last_cpu_s", "cost_of_joint")
     row: dict[str, Any] = {"method": method.name, "sequences": len(every)}
-    for name in names:
+    for name in SEQUENCE_FIGURES:
         values = [one.get(name) for one in every]
         known = [float(value) for value in values if value is not None]
         complete = len(known) == len(values)
@@ -243,13 +261,13 @@ def sequence_row(method: SequenceMethod, every: Sequence[Mapping[str, Any]]) -> 
 
 def one_task_bars(rows: Sequence[Mapping[str, Any]]) -> list[Bar]:
     """What is promised of one task."""
-    recipe = next((row for row in rows if row["method"] == NO_OLD_DATA), None)
-    chosen = recipe["chosen"] if recipe else {}
+    recipe = next((row for row in rows if row["method"] == NO_OLD_DATA), {})
+    chosen = recipe.get("chosen", {})
     return [
         Bar(f"{NO_OLD_DATA}: general", 0.97, chosen.get("general")),
         Bar(f"{NO_OLD_DATA}: new", ENOUGH, chosen.get("new")),
-        Bar(f"{NO_OLD_DATA}: general, more than the best plain LoRA", 0.10, recipe and recipe["difference"]),
-        Bar(f"{NO_OLD_DATA}: CPU time to the target, of plain LoRA's", 1.3, recipe and recipe["cpu_ratio"], False),
+        Bar(f"{NO_OLD_DATA}: general, more than the best plain LoRA", 0.10, recipe.get("difference")),
+        Bar(f"{NO_OLD_DATA}: CPU time to the target, of plain LoRA's", 1.3, recipe.get("cpu_ratio"), False),
     ]
 
 
@@ -263,7 +281,7 @@ def sequence_bars(rows: Sequence[Mapping[str, Any]]) -> list[Bar]:
 
     unmentioned = by_name.get(RECIPE_QUARTER, {}).get("unmentioned")
     steps = [value(method, "step_cpu_s") for method in (RECIPE_QUARTER, REPLAY_QUARTER)]
-    ratio = steps[0] / steps[1] if steps[0] and steps[1] else None
+    dearer = steps[0] / steps[1] if steps[0] and steps[1] else None
     return [
         Bar(f"{WITH_REPLAY}: average accuracy, of {JOINT}'s", 0.98, value(WITH_REPLAY, "of_joint")),
         Bar(f"{WITH_REPLAY}: general", 0.95, value(WITH_REPLAY, "general")),
@@ -273,5 +291,5 @@ def sequence_bars(rows: Sequence[Mapping[str, Any]]) -> list[Bar]:
         Bar(f"{RECIPE_QUARTER}: uncovered", 0.95, value(RECIPE_QUARTER, "uncovered")),
         Bar(f"{RECIPE_QUARTER}: unmentioned", 0.90, unmentioned and unmentioned["share"]),
         Bar(f"{RECIPE_QUARTER}: average accuracy", 0.93, value(RECIPE_QUARTER, "average_accuracy")),
-        Bar(f"{RECIPE_QUARTER}: CPU of a step, of {REPLAY_QUARTER}'s", 1.4, ratio, False),
+        Bar(f"{RECIPE_QUARTER}: CPU of a step, of {REPLAY_QUARTER}'s", 1.4, dearer, False),
     ]

@@ -79,12 +79,18 @@ def demo_module(name: str) -> ModuleType:
     return module
 
 
-def world_of(seed: int, work: Path, steps: int = BASE_STEPS) -> World:
-    """The world of a seed, its data written below `work`; its base from the cache, or made now in minutes of a core."""
+def world_of(seed: int, work: Path, steps: int = BASE_STEPS, rows: int | None = None) -> World:
+    """The world of a seed, its data written below `work`; its base from the cache, or made now in minutes of a core.
+
+    rows: so many of each file at most, for what is only to run.
+    """
     data = work / f"data-{seed}"
     if not data.exists():
         with TemporaryDirectory(dir=work) as making:
             write_data(seed, Path(making, "data"))
+            for path in Path(making, "data").rglob("*.jsonl") if rows else ():
+                lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+                path.write_text("".join(lines[:rows]), encoding="utf-8")
             Path(making, "data").rename(data)
     base = cache_folder() / origin(seed, steps)
     if not base.exists():
