@@ -20,7 +20,7 @@ def provenance() -> dict[str, Any]:
         "command": " ".join(["python", *sys.argv]),
         "commit": _git("rev-parse", "HEAD"),
         "changed_since_commit": bool(_git("status", "--porcelain")),
-        "processor": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
+        "processor": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -61,7 +61,8 @@ def _git(*arguments: str) -> str | None:
         return None
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor of this machine."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():

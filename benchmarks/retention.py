@@ -1,0 +1,228 @@
+"""What keeps knowledge while a model learns: every method on one task, and on a sequence of three.
+
+    python benchmarks/retention.py [--only one_task|sequence] [--methods NAME ...] [--seeds N] [--jobs N]
+                                   [--work FOLDER] [--limit S] [--config FILE]
+                                   [--json FILE] [--page FILE] [--figure FILE] [--smoke]
+
+Worlds by seed: a tiny base model that knows 160 made-up people by heart, and new things to learn. One task (40 new
+people), 5 seeds: plain LoRA at five learning rates, every tier strategy, replay, KL to the parent, combinations, the
+recipes; each with and without strength. Three tasks in 3 orders, 3 seeds: the recipe with all earlier data, with 64
+rows stored, and with a quarter of the world replayed; the controls (plain LoRA, replay alone) take one order a seed,
+joint training has none. Exits with 1 where a bar
+is missed, but for --smoke. Each cell's result is kept in --work, and a second start goes on; about 90 minutes on two
+cores, bases (some minutes each, kept in the cache) included. With --config one task of a run is learned, from the
+base, data and retention sets that its configuration names.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from nestune.files import write_json, write_text
+from report import load_average, provenance
+from retention_cells import Cell, results, run_all
+from retention_methods import ALL, NO_OLD_DATA, ONE_TASK, SEQUENCE, WITH_REPLAY, Method, SequenceMethod
+from retention_runs import untouched
+from retention_show import Table, bars_table, figure, markdown, one_task_table, sequence_table, show
+from retention_summary import Bar, one_task_bars, one_task_rows, sequence_bars, sequence_rows
+from retention_world import BASE_STEPS, SMOKE_STEPS, TASKS, World, cache_folder, world_of, world_of_config
+
+SEEDS, SEQUENCE_SEEDS = 5, 3
+ORDERS = tuple(TASKS[start:] + TASKS[:start] for start in range(len(TASKS)))
+SMOKE_ONE_TASK = ("plain 1e-3", "importance [1, 2, 4]", "replay 10 %", NO_OLD_DATA, WITH_REPLAY)
+SMOKE_TRAINING_STEPS, SMOKE_ROWS = 4, 40
+
+
+def main() -> int:
+    """Run what is missing, print, write; returns the exit code."""
+    options = parse_options()
+    # Before torch is imported: of two threads on so small a model the second only waits.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    options.work.mkdir(parents=True, exist_ok=True)
+    conditions, began = provenance(), time.perf_counter()
+    cells = cells_of(options)
+    run_all(cells, options.work, options.jobs, time.time() + options.limit if options.limit else None)
+    measured = measure(cells, options) | {"provenance": conditions | {"load_average_after": load_average()}}
+    measured["seconds"] = time.perf_counter() - began
+    tables, notes = tables_of(measured), notes_of(measured)
+    show(tables, notes)
+    if options.json:
+        write_json(options.json, measured)
+    if options.page:
+        write_text(options.page, PAGE + markdown(tables, notes))
+    if options.figure and measured["one_task"]:
+        figure(measured["one_task"], options.figure)
+    return 0 if options.smoke or all(bar["met"] for bar in measured["bars"]) else 1
+
+
+PAGE = """# What keeps knowledge, measured
+
+Written by `benchmarks/retention.py --page`; what is compared and how stands in that file. The same figures seed by
+seed are in `benchmarks/results/retention.json`.
+
+![learning against forgetting](retention.png)
+
+"""
+
+
+def parse_options() -> argparse.Namespace:
+    """The command line, its faults told."""
+    parser = argparse.ArgumentParser(description="What keeps knowledge while a model learns: every method compared.")
+    parser.add_argument("--only", choices=("one_task", "sequence"), help="one of the two parts")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="only methods whose name has one of these in it")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"worlds; sequences take {SEQUENCE_SEEDS} at most")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes of one thread each")
+    parser.add_argument("--work", type=Path, help="folder of the results so far; default: in the cache")
+    parser.add_argument("--limit", type=float, metavar="S", help="begin no cell after so many seconds")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="learn the task of this run's configuration")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="write the tables here, as Markdown")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw learning against forgetting here")
+    parser.add_argument("--smoke", action="store_true", help="a base that knows little, few steps: does it run?")
+    options = parser.parse_args()
+    if options.seeds < 1 or options.jobs < 1:
+        parser.error(f"--seeds {options.seeds} --jobs {options.jobs}: both must be 1 or more")
+    if options.config and options.only == "sequence":
+        parser.error("--config has one task; leave out --only sequence")
+    options.work = options.work or cache_folder() / ("smoke" if options.smoke else "work")
+    if not chosen([*ONE_TASK, *SEQUENCE], options):
+        parser.error(f"--methods {' '.join(options.methods)}: no method is called so")
+    return options
+
+
+def cells_of(options: argparse.Namespace) -> list[Cell]:
+    """What is to be run: the costly sequences first, so that no process is left with one at the end."""
+    seeds = range(1 if options.smoke else options.seeds)
+    worlds = make_worlds(seeds, options)
+    one_task, sequence = methods_of(options)
+    orders = ORDERS[:1] if options.smoke else ORDERS
+    cells = []
+    if sequence:
+        for world in worlds[:SEQUENCE_SEEDS]:
+            # Joint training has no order.
+            cells += [Cell("base", world, order=TASKS)]
+            cells += [Cell("joint", world, method, TASKS) for method in sequence if method.joint]
+        for turn in range(len(orders)):
+            for number, world in enumerate(worlds[:SEQUENCE_SEEDS]):
+                # Each seed begins with another order, which is all that a control takes.
+                order = orders[(number + turn) % len(orders)]
+                alike = [method for method in sequence if not method.joint and (turn == 0 or not method.control)]
+                cells += [Cell("sequence", world, method, order) for method in alike]
+    cells += [Cell("one task", world, method) for method in one_task for world in worlds]
+    return cells
+
+
+def make_worlds(seeds: Sequence[int], options: argparse.Namespace) -> list[World]:
+    """The world of each seed; bases that are not there yet are trained side by side."""
+    steps = SMOKE_STEPS if options.smoke else BASE_STEPS
+    if options.config:
+        first = world_of_config(options.config, 0, options.work)
+        return [replace(first, seed=seed) for seed in seeds]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        rows = SMOKE_ROWS if options.smoke else None
+        return list(pool.map(lambda seed: world_of(seed, options.work, steps, rows), seeds))
+
+
+def methods_of(options: argparse.Namespace) -> tuple[list[Method], list[SequenceMethod]]:
+    """The methods that are asked for, of few steps for a smoke run."""
+    one_task = [] if options.only == "sequence" else chosen(ONE_TASK, options)
+    sequence = [] if options.only == "one_task" or options.config else chosen(SEQUENCE, options)
+    if options.smoke:
+        one_task = [short(method) for method in one_task if method.name in SMOKE_ONE_TASK]
+        sequence = [short(method) for method in sequence]
+    if options.config and not Path(options.work, "data-given", f"{ALL}.jsonl").exists():
+        left_out = [method.name for method in one_task if method.replayed]
+        if left_out:
+            print(
+                f"left out, as retention.replay.files names nothing to replay: {', '.join(left_out)}", file=sys.stderr
+            )
+        one_task = [method for method in one_task if not method.replayed]
+    return one_task, sequence
+
+
+def chosen(methods: Sequence[Any], options: argparse.Namespace) -> list[Any]:
+    """Those whose name has one of the asked words in it; all where none are asked for."""
+    return [method for method in methods if not options.methods or any(word in method.name for word in options.methods)]
+
+
+def short(method: Any) -> Any:
+    """The same with next to no steps, texts and factors."""
+    from retention_methods import merged
+
+    least: dict[str, Any] = {"strength": {"factors": [0.5, 1.0]}} if WITHOUT_STRENGTH not in str(method.blocks) else {}
+    if "kl" in str(method.blocks) or "recipe" in str(method.blocks):
+        least["kl"] = {"self_written": {"texts": 20, "max_tokens": 16}}
+    blocks = merged(method.blocks, {"retention": least})
+    if "importance" in method.name:
+        blocks["tiers"] = blocks["tiers"] | {"importance": {"steps": 2}}
+    return replace(method, steps=SMOKE_TRAINING_STEPS, blocks=blocks)
+
+
+WITHOUT_STRENGTH = "'strength': None"
+
+
+def measure(cells: Sequence[Cell], options: argparse.Namespace) -> dict[str, Any]:
+    """Everything that is told, as JSON."""
+
+    @cache
+    def mask(seed: int, replayed: str) -> Mapping[str, str]:
+        world = next(cell.world for cell in cells if cell.world.seed == seed)
+        return untouched(world, replayed, TASKS)
+
+    def of_cell(cell: Cell) -> Mapping[str, str]:
+        assert isinstance(cell.method, SequenceMethod)
+        return mask(cell.world.seed, cell.method.general or ALL)
+
+    found = list(results(cells, options.work))
+    one_task, sequence = one_task_rows(found), sequence_rows(found, of_cell)
+    bars: list[Bar] = []
+    if not options.config:
+        bars += one_task_bars(one_task) if options.only != "sequence" else []
+        bars += sequence_bars(sequence) if options.only != "one_task" else []
+    return {
+        "smoke": options.smoke,
+        "config": str(options.config) if options.config else None,
+        "seeds": 1 if options.smoke else options.seeds,
+        "cells": len(cells),
+        "cells_missing": len(cells) - len(found),
+        "cell_cpu_s": sum(result["cell_cpu_s"] for _, result in found),
+        "one_task": one_task,
+        "sequence": sequence,
+        "bars": [bar.as_dict() for bar in bars],
+    }
+
+
+def tables_of(measured: Mapping[str, Any]) -> list[Table]:
+    """The tables of what was measured."""
+    tables = []
+    if measured["one_task"]:
+        tables.append(one_task_table(measured["one_task"], measured["seeds"]))
+    if measured["sequence"]:
+        tables.append(sequence_table(measured["sequence"]))
+    bars = [Bar(bar["what"], bar["bar"], bar["value"], bar["at_least"]) for bar in measured["bars"]]
+    return [*tables, bars_table(bars)] if bars else tables
+
+
+def notes_of(measured: Mapping[str, Any]) -> list[str]:
+    """Where and with what it was measured."""
+    machine = measured["provenance"]
+    changed = ", with changes" if machine["changed_since_commit"] else ""
+    notes = [
+        f"`{machine['command']}`, commit {machine['commit']}{changed}; {machine['processor']}, {machine['cores']} "
+        f"cores, one thread a process, torch {machine['torch']}, load average {machine['load_average'][0]} before, "
+        f"{machine['load_average_after'][0]} after; {measured['cell_cpu_s']:.0f} CPU s in {measured['cells']} cells.",
+    ]
+    if measured["cells_missing"]:
+        notes.append(f"NOT COMPLETE: {measured['cells_missing']} of {measured['cells']} cells are missing.")
+    return [*notes, *(["A smoke run: its figures say nothing."] if measured["smoke"] else [])]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
