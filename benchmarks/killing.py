@@ -209,7 +209,7 @@ def configuration(backend: str, steps: int, blocks: Mapping[str, Mapping[str, An
         "lora": {"rank": 4, "alpha": 8, "dropout": 0.1},
         "data": {"train": "data/new_facts/train.jsonl", "valid": "data/new_facts/valid.jsonl", "max_seq_length": 64},
         "tiers": {"update_every": [1, 2, 3], "inactive_gradients": "accumulate"},
-        "retention": {"replay": {"files": "data/general/replay.jsonl", "rows_per_step": 2}},
+        "retention": {"recipe": "none", "replay": {"files": "data/general/replay.jsonl", "rows_per_step": 2}},
         "training": {
             "steps": steps,
             "batch_size": 2,

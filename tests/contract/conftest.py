@@ -22,13 +22,14 @@ MakeBackend = Callable[..., Backend]
 
 
 def configuration(backend: str, *, base: Path = BASE, **blocks: dict[str, Any]) -> RunConfig:
-    """A configuration on the demo's base, or another; its data is never read."""
+    """A configuration on the demo's base, or another, with three tiers; its data is never read."""
     content: dict[str, Any] = {
         "name": "contract",
         "model": {"base": str(base), "backend": backend},
         "data": {"train": str(BASE / "config.json")},
     }
-    return parse_config(content | blocks)
+    tiers = {"update_every": [1, 2, 4]} | blocks.pop("tiers", {})
+    return parse_config(content | {"tiers": tiers} | blocks)
 
 
 @pytest.fixture(params=["torch", "mlx"])

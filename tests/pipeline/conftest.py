@@ -35,11 +35,14 @@ def project(tmp_path: Path, world: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 @pytest.fixture
 def configured(project: Path) -> Configured:
-    """Writes the demo's configuration, shortened, with the given blocks on top, and returns its path."""
+    """Writes the demo's configuration, shortened, with tiers and replay, the given blocks on top; returns its path."""
 
     def write(**blocks: dict[str, Any]) -> Path:
         content = yaml.safe_load((ROOT / "configs" / "demo_nestune.yaml").read_text())
-        content["training"] |= {"steps": 8, "eval_every": 4}
+        content["training"] |= {"steps": 8, "eval_every": 4, "learning_rate": 3e-3}
+        content["tiers"] = {"update_every": [1, 2, 4]}
+        replay = {"files": "data/general/replay.jsonl", "rows_per_step": 16}
+        content["retention"] = {"recipe": "none", "replay": replay}
         for block, values in blocks.items():
             content[block] = content.get(block, {}) | values
         path = project / "run.yaml"

@@ -51,6 +51,7 @@ def folder(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pa
         "lora": {"rank": 4, "alpha": 8},
         "data": {"train": "style.jsonl", "valid": "valid.jsonl", "test": "test.jsonl", "max_seq_length": 64},
         "tiers": {"update_every": [1, 2]},
+        "retention": {"recipe": "none"},
         "training": {"steps": 16, "batch_size": 16, "learning_rate": 5.0e-3, "eval_every": None},
         "evaluation": {"max_answer_tokens": 8},
     }

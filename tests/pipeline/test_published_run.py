@@ -24,6 +24,7 @@ def run(project: Path) -> RunPaths:
             "model": {"base": "demo/base"},
             "data": {"train": "train.jsonl", "valid": "valid.jsonl"},
             "tiers": {"strategy": "layer_depth", "update_every": [1, 2, 4]},
+            "retention": {"recipe": "none"},
             "training": {
                 "steps": 20,
                 "batch_size": 2,

@@ -57,7 +57,8 @@ def folder(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pa
     content["data"]["retention"] = {}
     content["gate"]["require_retention"] = False
     content["training"] |= {"steps": STEPS, "eval_every": EVAL_EVERY}
-    content["tiers"]["inactive_gradients"] = "accumulate"
+    content["tiers"] = {"update_every": [1, 2, 4], "inactive_gradients": "accumulate"}
+    content["retention"] = {"recipe": "none", "replay": {"files": "data/general/replay.jsonl", "rows_per_step": 16}}
     content["lora"]["dropout"] = 0.1
     (folder / "run.yaml").write_text(yaml.safe_dump(content))
     # As on a terminal; what runs in the background may have been told to ignore it.

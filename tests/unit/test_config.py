@@ -31,7 +31,7 @@ def faults_of(path: Path, *overrides: str) -> list[str]:
 def test_defaults_are_those_of_the_lora_that_system_a_used(written: Path) -> None:
     config = load_config(written)
     assert (config.lora.rank, config.lora.alpha, config.lora.dropout) == (8, 16, 0)
-    assert config.tiers.update_every == (1, 2, 4)
+    assert config.tiers.update_every == (1, 1, 1)
 
 
 def test_override_wins_over_the_file_and_is_read_as_yaml(written: Path) -> None:

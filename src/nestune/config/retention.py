@@ -158,9 +158,10 @@ class RetentionConfig(Strict):
     """What keeps earlier knowledge during training; composes with every tier strategy."""
 
     recipe: Literal["none", "no_old_data", "with_replay"] = Field(
-        "none",
-        description="sets what of this block is not set; no_old_data: KL to the parent on texts that it writes, and "
-        "strength; with_replay: earlier data as well",
+        "no_old_data",
+        description="sets what of this block is not set. no_old_data: KL to the parent on texts that it writes before "
+        "training, half of each step, and strength: keeps nearly all, for about twice the time to learn; with_replay: "
+        "the rows of earlier tasks as well, for sequences; none: nothing is done to keep what was known",
     )
     replay: ReplayConfig = ReplayConfig()
     kl: KlConfig | None = Field(None, description="KL to the parent; none: off")

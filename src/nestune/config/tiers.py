@@ -43,7 +43,12 @@ class TierConfig(Strict):
         "controls: random, and frozen_slow: deep layers fast, and the slowest tier never moves",
     )
     update_every: tuple[PositiveInt, ...] = Field(
-        (1, 2, 4), min_length=1, max_length=8, description="steps between two updates of each tier, ascending"
+        (1, 1, 1),
+        min_length=1,
+        max_length=8,
+        description="steps between two updates of each tier, ascending; all 1: plain LoRA, which learns in the fewest "
+        "steps; deep layers fast with [1, 2, 4]: a step costs 0.8 of that, learning takes twice the steps or more and "
+        "no more is kept; shallow layers fast: less is kept (docs/retention.md)",
     )
     inactive_gradients: Literal["drop", "accumulate"] = Field(
         "drop",

@@ -81,6 +81,7 @@ def config(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConf
                 },
             },
             "tiers": {"update_every": [1, 2]},
+            "retention": {"recipe": "none"},
             "training": {"learning_rate": 0.02, "steps": STEPS},
             "evaluation": {"max_answer_tokens": 6},
             "registry": {"tracking_uri": f"sqlite:///{folder}/mlflow.db"},
