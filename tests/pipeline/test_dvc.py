@@ -31,7 +31,8 @@ def copy(tmp_path: Path, world: Path) -> Path:
     for arguments in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "copy"]):
         identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
         subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True)
-    change(tmp_path, "steps: 300", "steps: 12")
+    change(tmp_path, "steps: 450", "steps: 12")
+    change(tmp_path, "no_old_data", "no_old_data\n  kl: {self_written: {texts: 11, max_tokens: 24}}")
     return tmp_path
 
 
@@ -77,12 +78,12 @@ def test_repro_runs_what_has_changed_and_nothing_else(copy: Path) -> None:
     assert "train_loss" in page
     assert "valid_loss" in page
 
-    change(copy, "learning_rate: 3.0e-3", "learning_rate: 1.0e-3")
+    change(copy, "learning_rate: 2.0e-3", "learning_rate: 1.0e-3")
     assert stages_run(dvc(copy, "repro")) == ["train", "evaluate", "register"]
     assert (copy / "runs/retrain/checkpoints/final/adapter_model.safetensors").read_bytes() != adapter
 
     # What DVC has in its cache it takes from there; but a version is registered, never taken from a cache.
-    change(copy, "learning_rate: 1.0e-3", "learning_rate: 3.0e-3")
+    change(copy, "learning_rate: 1.0e-3", "learning_rate: 2.0e-3")
     assert stages_run(dvc(copy, "repro")) == ["register"]
     assert (copy / "runs/retrain/checkpoints/final/adapter_model.safetensors").read_bytes() == adapter
 

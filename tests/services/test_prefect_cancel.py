@@ -148,6 +148,8 @@ def configuration(name: str, **blocks: dict[str, Any]) -> dict[str, Any]:
     content = yaml.safe_load((ROOT / "configs" / "demo_nestune.yaml").read_text())
     content["name"] = name
     content["data"]["retention"] = {}
+    content["tiers"] = {"update_every": [1, 2, 4]}
+    content["retention"] = {"recipe": "none", "replay": {"files": "data/general/replay.jsonl", "rows_per_step": 16}}
     content["gate"] = {"min_gain": 0.0, "max_drop": 1.0, "require_retention": False}
     for block, values in blocks.items():
         content[block] = content.get(block, {}) | values
