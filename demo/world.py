@@ -13,8 +13,8 @@ Below the output folder:
     new_style/               task: 80 known facts, asked of a friend and answered as a friend does
     reversal/                task: say three words in reverse order
 
-A task is a train.jsonl and a valid.jsonl. Facts are validated in phrasings that no training row uses, skills
-on words that no training row uses together.
+A task is a train.jsonl and a valid.jsonl; new_facts has a test.jsonl, too, the same facts asked in other words.
+Facts are held out in phrasings that no training row uses, skills on words that no training row uses together.
 """
 
 import argparse
@@ -209,7 +209,8 @@ def datasets(world: World) -> dict[str, list[Record]]:
         "general/uncovered.jsonl": retention_questions(world, world.uncovered, UNCOVERED_QUESTIONS),
         "general/skill.jsonl": _skill(world.copy_words[COPY_TRAIN:], COPY_PROMPTS, reverse=False),
         "new_facts/train.jsonl": new_facts_train(world),
-        "new_facts/valid.jsonl": new_facts_valid(world),
+        "new_facts/valid.jsonl": new_facts_held_out(world, phrasing=0),
+        "new_facts/test.jsonl": new_facts_held_out(world, phrasing=1),
         "new_style/train.jsonl": new_style_train(world),
         "new_style/valid.jsonl": new_style_valid(world),
         "reversal/train.jsonl": _skill(world.reversal_words[:REVERSAL_TRAIN], REVERSAL_PROMPTS, reverse=True),
@@ -251,10 +252,10 @@ def new_facts_train(world: World) -> list[Record]:
     return shuffled(records, world.seed, "new_facts/train")
 
 
-def new_facts_valid(world: World) -> list[Record]:
-    """Every new fact once, in a phrasing kept out of training."""
+def new_facts_held_out(world: World, phrasing: int) -> list[Record]:
+    """Every new fact once, in one of the two phrasings kept out of training, or in the other."""
     facts = shuffled(list(world.new_facts), world.seed, "new_facts/valid")
-    return [_held_out_chat(fact, index) for index, fact in enumerate(facts)]
+    return [_held_out_chat(fact, index + phrasing) for index, fact in enumerate(facts)]
 
 
 def new_style_train(world: World) -> list[Record]:

@@ -121,6 +121,7 @@ def test_counts(records: Records) -> None:
         "general/uncovered": 150,
         "general/skill": 100,
         "new_facts/valid": 160,
+        "new_facts/test": 160,
         "new_style/valid": 80,
         "reversal/valid": 100,
     }
