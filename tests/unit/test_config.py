@@ -8,7 +8,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nestune.config import RunConfig, TierConfig, dump_config, load_config, parse_config
+from nestune.config import RetentionConfig, RunConfig, TierConfig, dump_config, load_config, parse_config
 from nestune.errors import ConfigError
 
 
@@ -250,7 +250,7 @@ def test_the_default_number_of_steps_can_be_too_few_for_every_tier(written: Path
 def test_every_other_strategy_moves_all_its_tiers() -> None:
     for strategy in get_args(TierConfig.model_fields["strategy"].annotation):
         options = {"assignments": {"*": 0}} if strategy == "manual" else {}
-        periods = TierConfig(strategy=strategy, **options).periods
+        periods = TierConfig(strategy=strategy, update_every=(1, 2, 4), **options).periods
         assert periods == ((1, 2, None) if strategy == "frozen_slow" else (1, 2, 4))
 
 
@@ -308,3 +308,51 @@ def test_periods_are_accepted_exactly_when_they_ascend(periods: list[int]) -> No
 
 def test_inverse_period_scales_by_one_over_the_period() -> None:
     assert TierConfig(update_every=(1, 8, 16), lr_scale="inverse_period").lr_scales == (1, 1 / 8, 1 / 16)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["kl={replayed: true}"], "retention.kl: replayed is true, and nothing is replayed"),
+        (["kl={self_written: {texts: 0}}"], "retention.kl: there is nothing to hold the model on"),
+        (
+            ["replay={earlier_tasks: true, rows_per_step: 0.6}", "kl={rows_per_step: 0.5}"],
+            "retention.kl: nothing new is left in a step: replay.rows_per_step and kl.rows_per_step are 1.1 of it",
+        ),
+        (["kl={prompts: {templates: ['Who is {name}?']}}"], "retention.kl.prompts.fillings: the templates have the bl"),
+        (
+            ["kl={prompts: {fillings: {name: [Ada]}}}"],
+            "retention.kl.prompts.fillings: the templates have the b",
+        ),
+        (["kl={prompts: {templates: ['Who is {']}}"], "retention.kl.prompts.fillings: a template cannot be read"),
+        (["strength={factors: [0.5, 0.4]}"], "retention.strength.factors: must ascend"),
+        (["strength={factors: [1.5]}"], "retention.strength.factors: must ascend, each once, between 0 and 1"),
+        (["recipe=some_old_data"], "retention.recipe: must be 'none', 'no_old_data' or 'with_replay'"),
+    ],
+    ids=str,
+)
+def test_what_makes_no_sense_of_retention_is_refused(written: Path, overrides: list[str], told: str) -> None:
+    faults = faults_of(written, *(f"retention.{override}" for override in overrides))
+    assert any(told in fault for fault in faults), faults
+
+
+def test_a_recipe_sets_what_is_not_set(written: Path) -> None:
+    def retention(*overrides: str) -> RetentionConfig:
+        return load_config(written, [f"retention.{override}" for override in overrides]).retention
+
+    none, default, replay = retention("recipe=none"), retention(), retention("recipe=with_replay")
+    assert (none.kl, none.strength, none.replay.is_on) == (None, None, False)
+    assert default == retention("recipe=no_old_data")
+    assert default.kl is not None
+    assert default.strength is not None
+    assert replay.replay.earlier_tasks
+    # What is set stays, and the recipe sets what is beside it.
+    mixed = retention("recipe=no_old_data", "kl.weight=3.5", "strength=null")
+    assert mixed.strength is None
+    assert mixed.kl == default.kl.model_copy(update={"weight": 3.5})
+
+
+def test_a_recipe_reads_back_as_it_was_written_out(written: Path, tmp_path: Path) -> None:
+    config = load_config(written, ["retention.recipe=with_replay", "retention.kl.every=3"])
+    (tmp_path / "again.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "again.yaml") == config

@@ -173,7 +173,9 @@ def begin(callback: Any, model: Any, optimizer: Any, kind: Any = TrainingArgumen
 
 
 def made(model: PeftModel, policy: Any = "drop") -> TieredOptimizer:
-    return nestune.tiered_optimizer(model, nestune.tier_map(model), lr=0.1, inactive_gradients=policy)
+    return nestune.tiered_optimizer(
+        model, nestune.tier_map(model, update_every=[1, 2, 4]), lr=0.1, inactive_gradients=policy
+    )
 
 
 def another_optimizer(model: PeftModel) -> None:

@@ -179,13 +179,21 @@ class RetentionConfig(Strict):
     @classmethod
     def _leaves_room(cls, kl: KlConfig | None, info: ValidationInfo) -> KlConfig | None:
         replay = info.data.get("replay")
-        if kl is not None and kl.rows_per_step < 1 and replay is not None and replay.is_on and replay.rows_per_step < 1:
-            shares = replay.rows_per_step + kl.rows_per_step
-            if shares >= 1:
-                raise ValueError(
-                    f"nothing new is left in a step: replay.rows_per_step and kl.rows_per_step are {shares:g} of it "
-                    "together; keep them below 1"
-                )
+        if kl is None or replay is None or kl.weight == 0:
+            return kl
+        if kl.replayed and not replay.is_on:
+            raise ValueError("replayed is true, and nothing is replayed; set replay.files or replay.earlier_tasks")
+        if not (kl.writes or kl.replayed):
+            raise ValueError(
+                "there is nothing to hold the model on; set self_written.texts, prompts, or replayed to true; or kl to "
+                "null, for none"
+            )
+        shares = sum(rows for rows in (replay.rows_per_step if replay.is_on else 1, kl.rows_per_step) if rows < 1)
+        if shares >= 1:
+            raise ValueError(
+                f"nothing new is left in a step: replay.rows_per_step and kl.rows_per_step are {shares:g} of it "
+                "together; keep them below 1"
+            )
         return kl
 
     @model_validator(mode="before")

@@ -73,6 +73,7 @@ class Mlx:
 
 def configured(policy: str = "drop", **blocks: Any) -> tuple[TierConfig, TrainingConfig]:
     training = {"weight_decay": 0.1, "max_grad_norm": 1.0} | blocks.pop("training", {})
+    blocks = {"update_every": (1, 2, 4)} | blocks
     return TierConfig(inactive_gradients=policy, **blocks), TrainingConfig(**training)  # type: ignore[arg-type]
 
 

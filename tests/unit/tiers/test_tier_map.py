@@ -80,9 +80,9 @@ def test_a_map_read_back_is_the_map_written(tmp_path: Path, config: TierConfig) 
 @pytest.mark.parametrize(
     ("changed", "config", "expected"),
     [
-        (parameters(6), TierConfig(update_every=(1, 2, 8)), r"periods \[1, 2, 4\]; the configuration says .*1, 2, 8"),
+        (parameters(6), TierConfig(update_every=(1, 2, 8)), r"periods \[1, 1, 1\]; the configuration says .*1, 2, 8"),
         (parameters(6), TierConfig(strategy="layer_depth"), "the configuration says layer_depth"),
-        (parameters(6), TierConfig(strategy="frozen_slow"), r"the configuration says frozen_slow and \[1, 2, None\]"),
+        (parameters(6), TierConfig(strategy="frozen_slow"), r"the configuration says frozen_slow and \[1, 1, None\]"),
         (parameters(7), TierConfig(), r"is for other parameters: layers\.6\.self_attn\.q_proj\.lora_a is on no tier"),
         (parameters(5), TierConfig(), r"for other parameters: layers\.5\.self_attn\.q_proj\.lora_a is no parameter"),
     ],
