@@ -162,6 +162,8 @@ def short(method: Any) -> Any:
     blocks = merged(method.blocks, {"retention": least})
     if "importance" in method.name:
         blocks["tiers"] = blocks["tiers"] | {"importance": {"steps": 2}}
+    if isinstance(method, SequenceMethod):
+        method = replace(method, questions=min(method.questions, SMOKE_ROWS))
     return replace(method, steps=SMOKE_TRAINING_STEPS, blocks=blocks)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from retention_cell import NEW, Job, nothing_kept, score_base, train
 from retention_methods import Method, SequenceMethod, merged
-from retention_world import World, asked_in, records_of
+from retention_world import World, asked_in, made_up_questions, records_of
 
 
 def one_task(world: World, method: Method) -> dict[str, Any]:
@@ -37,6 +37,9 @@ def sequence(world: World, method: SequenceMethod, order: Sequence[str]) -> dict
             replayed += [world.file(f"{earlier}/train") for earlier in order[:number]] if method.earlier else []
             # Another seed each time: other texts, other rows drawn, other starting weights.
             config = method.config(world.seed + 100 * number)
+            if method.questions:
+                prompts = made_up_questions(world, method.questions)
+                config = merged(config, {"retention": {"kl": {"prompts": prompts}}})
             job = job_of(world, config, task, replayed, scored, parent, method.store)
             measured = train(job, folder / str(number))
             parent = folder / str(number) / "candidate"

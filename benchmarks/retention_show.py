@@ -11,32 +11,34 @@ Row = Mapping[str, Any]
 Table = tuple[str, list[str], list[list[str]], list[str]]
 RULES = [
     "new, general: exact match on rows that chose nothing, at the chosen strength (full: as training ended), mean over "
-    "seeds. Strength: one rule for all.",
+    "seeds; strength: the factor, chosen by one rule for all.",
     f"reached: seeds on which new >= {ENOUGH} was reached on the rows that choose, at full strength, and the mean CPU "
     "seconds of training until then, the teacher's texts included, scoring not.",
     "difference: of general from the best plain LoRA (that which keeps most of those that reach the target on every "
-    f"seed), strength chosen for both, paired by seed, with its 95 % interval; below {TIE} it is a tie.",
+    f"seed), strength chosen for both, paired by seed, with its 95 % interval; below {TIE} it is a tie. x plain: its "
+    "CPU seconds to the target, over that one's; ms: CPU milliseconds of a step.",
 ]
 SEQUENCE_RULES = [
-    "average accuracy, backward transfer, forgetting: of exact match, after the last task; in brackets 95 % intervals "
-    "over sequences. general: all general rows at the end.",
-    "uncovered: facts that no replayed row and no task touches; unmentioned: of these, those that no text of the "
-    "teacher mentions, and how many rows that are.",
-    "third task: CPU seconds with the teacher's texts and the choice of strength; of joint: those of joint training.",
+    "n: sequences. accuracy: average accuracy; backward: backward transfer; forgot: forgetting; all of exact match "
+    "after the last task, in brackets 95 % intervals over sequences. x joint: over joint training's, same seed.",
+    "general: all general rows at the end. uncovered: facts that no replayed row and no task touches; unmentioned: of "
+    "these, those that no text of the teacher mentions, and how many rows these are.",
+    "ms: CPU milliseconds of a step, mean over the tasks. third s: CPU seconds of the third task, with the teacher's "
+    "texts and the choice of the strength; x joint: over all of joint training.",
 ]
 
 
 def one_task_table(rows: Sequence[Row], seeds: int) -> Table:
     """The methods on one task."""
-    columns = ["method", "new full", "general full", "new", "general", "strength", "difference", "verdict"]
-    columns += ["reached", "CPU s", "of plain's", "CPU ms a step"]
+    columns = ["method", "full: new", "general", "new", "general", "strength", "difference", "verdict"]
+    columns += ["reached", "CPU s", "x plain", "ms"]
     shown = [
         [
             row["method"],
             *(number(row["full"][name]) for name in ("new", "general")),
             *(number(row["chosen"][name]) for name in ("new", "general")),
             number(row["factor"], 2),
-            f"{number(row['difference'], 3, '+')} {between(row['interval'], '+')}".strip(),
+            with_interval({"value": row["difference"], "interval": row["interval"]}, "+"),
             row["verdict"],
             f"{row['reached']} of {len(row['seeds'])}",
             number(row["cpu_to_target_s"], 1),
@@ -50,8 +52,8 @@ def one_task_table(rows: Sequence[Row], seeds: int) -> Table:
 
 def sequence_table(rows: Sequence[Row]) -> Table:
     """The methods on sequences."""
-    columns = ["method", "sequences", "average accuracy", "of joint", "backward transfer", "forgetting", "general"]
-    columns += ["uncovered", "unmentioned", "CPU ms a step", "third task s", "of joint"]
+    columns = ["method", "n", "accuracy", "x joint", "backward", "forgot", "general"]
+    columns += ["uncovered", "unmentioned", "ms", "third s", "x joint"]
     shown = []
     for row in rows:
         unmentioned = row["unmentioned"]
@@ -62,8 +64,8 @@ def sequence_table(rows: Sequence[Row]) -> Table:
                 with_interval(row["average_accuracy"]),
                 number(row["of_joint"]["value"]),
                 with_interval(row["backward_transfer"], "+"),
-                with_interval(row["forgetting"], "+"),
-                with_interval(row["general"]),
+                number(row["forgetting"]["value"], 3, "+"),
+                number(row["general"]["value"]),
                 with_interval(row["uncovered"]),
                 f"{unmentioned['share']:.3f} of {unmentioned['rows']}" if unmentioned else "",
                 number(scaled(row["step_cpu_s"]["value"], 1000), 0),
@@ -135,7 +137,7 @@ def scaled(value: float | None, factor: float) -> float | None:
 
 def between(interval: Sequence[float] | None, sign: str = "") -> str:
     """An interval, or nothing."""
-    return "" if interval is None else f"[{interval[0]:{sign}.3f}, {interval[1]:{sign}.3f}]"
+    return "" if interval is None else f"[{interval[0]:{sign}.2f}, {interval[1]:{sign}.2f}]"
 
 
 def with_interval(figure_: Mapping[str, Any], sign: str = "") -> str:

@@ -20,7 +20,7 @@ from retention_methods import (
     NO_OLD_DATA,
     PLAIN,
     QUARTER,
-    RECIPE_QUARTER,
+    RECIPE_QUESTIONS,
     REPLAY_QUARTER,
     STORED,
     WITH_REPLAY,
@@ -171,9 +171,9 @@ def compare(row: dict[str, Any], best: Mapping[str, Any] | None) -> None:
     """Add to a row its difference from the best plain LoRA, paired by seed, and what that is called."""
     row |= {"against": best and best["method"], "difference": None, "interval": None, "cpu_ratio": None}
     if row["reached"] < len(row["seeds"]):
-        row["verdict"] = f"target not reached, {len(row['seeds']) - row['reached']} of {len(row['seeds'])} seeds"
+        row["verdict"] = "NOT REACHED"
     if best is None:
-        row.setdefault("verdict", "nothing to compare with")
+        row.setdefault("verdict", "")
         return
     common = [seed for seed in row["by_seed"] if seed in best["by_seed"]]
     paired = [(row["by_seed"][seed], best["by_seed"][seed]) for seed in common]
@@ -183,7 +183,7 @@ def compare(row: dict[str, Any], best: Mapping[str, Any] | None) -> None:
     if row["cpu_to_target_s"] and best["cpu_to_target_s"]:
         row["cpu_ratio"] = row["cpu_to_target_s"] / best["cpu_to_target_s"]
     if row["method"] == best["method"]:
-        row.setdefault("verdict", "the best plain LoRA")
+        row.setdefault("verdict", "best plain")
     difference = row["difference"]
     if difference is not None:
         row.setdefault("verdict", "tie" if abs(difference) < TIE else "keeps more" if difference > 0 else "keeps less")
@@ -279,8 +279,8 @@ def sequence_bars(rows: Sequence[Mapping[str, Any]]) -> list[Bar]:
         found: float | None = by_name[method][name]["value"] if method in by_name else None
         return found
 
-    unmentioned = by_name.get(RECIPE_QUARTER, {}).get("unmentioned")
-    steps = [value(method, "step_cpu_s") for method in (RECIPE_QUARTER, REPLAY_QUARTER)]
+    unmentioned = by_name.get(RECIPE_QUESTIONS, {}).get("unmentioned")
+    steps = [value(method, "step_cpu_s") for method in (RECIPE_QUESTIONS, REPLAY_QUARTER)]
     dearer = steps[0] / steps[1] if steps[0] and steps[1] else None
     return [
         Bar(f"{WITH_REPLAY}: average accuracy, of {JOINT}'s", 0.98, value(WITH_REPLAY, "of_joint")),
@@ -288,8 +288,8 @@ def sequence_bars(rows: Sequence[Mapping[str, Any]]) -> list[Bar]:
         Bar(f"{WITH_REPLAY}: backward transfer", -0.02, value(WITH_REPLAY, "backward_transfer")),
         Bar(f"{WITH_REPLAY}: CPU of the third task, of {JOINT}'s", 0.6, value(WITH_REPLAY, "cost_of_joint"), False),
         Bar(f"{STORED}: average accuracy, of {JOINT}'s", 0.85, value(STORED, "of_joint")),
-        Bar(f"{RECIPE_QUARTER}: uncovered", 0.95, value(RECIPE_QUARTER, "uncovered")),
-        Bar(f"{RECIPE_QUARTER}: unmentioned", 0.90, unmentioned and unmentioned["share"]),
-        Bar(f"{RECIPE_QUARTER}: average accuracy", 0.93, value(RECIPE_QUARTER, "average_accuracy")),
-        Bar(f"{RECIPE_QUARTER}: CPU of a step, of {REPLAY_QUARTER}'s", 1.4, dearer, False),
+        Bar(f"{RECIPE_QUESTIONS}: uncovered", 0.95, value(RECIPE_QUESTIONS, "uncovered")),
+        Bar(f"{RECIPE_QUESTIONS}: unmentioned", 0.90, unmentioned and unmentioned["share"]),
+        Bar(f"{RECIPE_QUESTIONS}: average accuracy", 0.93, value(RECIPE_QUESTIONS, "average_accuracy")),
+        Bar(f"{RECIPE_QUESTIONS}: CPU of a step, of {REPLAY_QUARTER}'s", 1.4, dearer, False),
     ]

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
@@ -36,6 +37,7 @@ GENERAL = ("covered", "uncovered", "skill")
 BASE_STEPS, SMOKE_STEPS = 2400, 60
 QUARTER = 40
 REVERSAL_CHOOSE = 150
+NOBODY = 300
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,16 @@ def write_data(seed: int, out: Path) -> None:
     }
     for name, records in splits.items():
         (out / f"{name}.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records), encoding="utf-8")
+
+
+def made_up_questions(world: World, count: int) -> dict[str, Any]:
+    """The block `prompts` for so many questions in the forms that the base knows, about names that nobody has."""
+    demo = demo_module("world")
+    made = demo.make_world(world.seed)
+    names = demo.shuffled(["".join(syllables) for syllables in product(*demo.SYLLABLES)], world.seed, "nobody")
+    nobody = [name for name in names if name not in {*made.covered, *made.uncovered, *made.new}]
+    forms = [form.replace("{n}", "{name}") for attribute in demo.ATTRIBUTES for form in attribute.questions]
+    return {"templates": forms, "fillings": {"name": nobody[:NOBODY]}, "filled": count}
 
 
 def records_of(path: Path) -> list[dict[str, Any]]:
