@@ -12,7 +12,7 @@ COMMON: Blocks = {
     "tiers": {"update_every": [1]},
     "training": {"batch_size": 16, "warmup_steps": 10, "eval_every": None, "checkpoint_every": None},
     "evaluation": {"batch_size": 256, "max_answer_tokens": 16, "checkpoint": "final"},
-    "retention": {"strength": {}},
+    "retention": {"recipe": "none", "strength": {}},
 }
 NO_OLD_DATA, WITH_REPLAY = "recipe no_old_data", "recipe with_replay"
 

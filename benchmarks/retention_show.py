@@ -104,23 +104,21 @@ def figure(rows: Sequence[Row], file: Path) -> None:
     """Draw learning against forgetting: each method at full strength and, joined to it, at the chosen one."""
     from matplotlib.figure import Figure
 
-    picture = Figure(figsize=(10, 7), layout="constrained")
+    picture = Figure(figsize=(12, 7), layout="constrained")
     axes = picture.subplots()
     groups = list(dict.fromkeys(row["group"] for row in rows))
-    for row in rows:
+    for place, row in enumerate(rows, start=1):
         colour = f"C{groups.index(row['group'])}"
         points = [(row[at]["new"], row[at]["general"]) for at in ("full", "chosen")]
         axes.plot(*zip(*points, strict=True), color=colour, linewidth=0.8, alpha=0.6)
         axes.plot(*points[0], marker="o", color=colour, fillstyle="none")
-        axes.plot(*points[1], marker="o", color=colour, label=row["group"])
-        axes.annotate(row["method"], points[1], xytext=(4, 3), textcoords="offset points", fontsize=7)
+        axes.plot(*points[1], marker="o", color=colour, linestyle="", label=f"{place:2d}  {row['method']}")
+        axes.annotate(str(place), points[1], xytext=(4, 3), textcoords="offset points", fontsize=8)
     axes.axvline(ENOUGH, color="0.7", linestyle=":")
     axes.set_xlabel("new task: exact match (learned)")
     axes.set_ylabel("general: exact match (kept)")
     axes.set_title("Learning and forgetting; open: as training ended, filled: at the chosen strength")
-    handles, labels = axes.get_legend_handles_labels()
-    first = {label: handle for handle, label in zip(reversed(handles), reversed(labels), strict=True)}
-    axes.legend([first[group] for group in groups], groups, loc="lower left")
+    picture.legend(loc="outside right upper", fontsize=8)
     file.parent.mkdir(parents=True, exist_ok=True)
     picture.savefig(file, dpi=120, metadata={"Software": None})
 
