@@ -22,11 +22,11 @@ from nestune.config import RunConfig, parse_config
 from nestune.data.batches import evaluation_batches
 from nestune.data.dataset import Dataset
 from nestune.data.tokens import load_tokenizer, pad_id_of
-from nestune.evaluation.scores import Score, score
+from nestune.evaluation.scores import score
+from nestune.files import sha256_file, sha256_files, write_json
 from nestune.runs import RunPaths
 from nestune.stages.candidate import make_candidate, read_strength
 from nestune.stages.inputs import TrainingInputs
-from nestune.stages.scoring import score_adapter
 from nestune.stages.texts import with_texts
 from nestune.stopping import StopRequests
 from nestune.tiers.schedule import TierSchedule
@@ -155,9 +155,13 @@ def scores_of(
     backend: Backend, adapter: Path | None, scored: Mapping[str, Path], dataset: Dataset, config: RunConfig
 ) -> dict[str, str]:
     """A digit for each row of each set: whether an adapter answers it exactly."""
-    sets = {name: dataset.retention[name] for name in scored}
-    scores: Mapping[str, Score] = score_adapter(backend, adapter, sets, dataset.tokenizer, config)
-    return {name: str(score.outcomes.as_dict()["right"]) for name, score in scores.items() if score.outcomes}
+    backend.show_adapter(adapter)
+    told = {}
+    for name in scored:
+        outcomes = score(backend, dataset.retention[name], dataset.tokenizer, config.evaluation).outcomes
+        assert outcomes is not None
+        told[name] = str(outcomes.as_dict()["right"])
+    return told
 
 
 def make_tier_map(inputs: TrainingInputs, backend: Backend) -> tuple[TierMap, float]:
@@ -183,8 +187,12 @@ def make_dataset(job: Job, config: RunConfig, folder: Path) -> Dataset:
             place.write_text(stored(path, job.store, config.training.seed), encoding="utf-8")
         else:
             shutil.copyfile(path, place)
+    # What a candidate tells of the tasks that it was trained on is taken from there.
+    outputs = {f"{name}.jsonl": sha256_file(folder / f"{name}.jsonl") for name in names}
+    sha256 = sha256_files(folder, [folder / file for file in outputs])
+    write_json(folder / "report.json", {"outputs": outputs, "sources": {}, "files": {}, "sha256": sha256})
     row_limit = base.row_limit(config.data.max_seq_length)
-    return Dataset(folder, tuple(names), "", load_tokenizer(base.folder), row_limit, base.vocabulary)
+    return Dataset(folder, tuple(names), sha256, load_tokenizer(base.folder), row_limit, base.vocabulary)
 
 
 def stored(path: Path, count: int, seed: int) -> str:

@@ -182,14 +182,14 @@ SEQUENCE: tuple[SequenceMethod, ...] = (
     ),
     SequenceMethod(ONE_BY_ONE, 2e-3, 250, {"retention": {"strength": None}}, control=True),
     SequenceMethod(REPLAY, 2e-3, 400, REPLAY_ALONE, ALL, earlier=True, control=True),
-    SequenceMethod(WITH_REPLAY, 2e-3, 500, RECIPE, ALL, earlier=True),
-    SequenceMethod(STORED, 2e-3, 500, RECIPE, ALL, earlier=True, store=64),
+    SequenceMethod(WITH_REPLAY, 3e-3, 500, RECIPE, ALL, earlier=True),
+    SequenceMethod(STORED, 3e-3, 500, RECIPE, ALL, earlier=True, store=64),
     SequenceMethod(REPLAY_QUARTER, 2e-3, 400, REPLAY_ALONE, QUARTER, earlier=True, control=True),
-    SequenceMethod(RECIPE_QUARTER, 2e-3, 500, RECIPE, QUARTER, earlier=True, control=True),
+    SequenceMethod(RECIPE_QUARTER, 3e-3, 500, RECIPE, QUARTER, earlier=True, control=True),
     # Half of the texts give way to questions in the forms that are known, about names that nobody has.
     SequenceMethod(
         RECIPE_QUESTIONS,
-        2e-3,
+        3e-3,
         500,
         {"retention": {"recipe": "with_replay", "kl": {"self_written": {"texts": 500}}}},
         QUARTER,
