@@ -57,6 +57,13 @@ def test_what_chooses_asks_for_the_facts_that_are_trained(world: Any, task: str)
     assert {json.loads(line)["messages"][1]["content"] for line in lines_of(world, f"{task}/choose")} <= trained
 
 
+def test_a_quarter_of_the_people_is_spoken_of_in_the_quarter(modules: Any, world: Any) -> None:
+    made = modules.world.demo_module("world").make_world(0)
+    everything = "\n".join(lines_of(world, "general/quarter"))
+    spoken_of = {person for person in (*made.covered, *made.uncovered) if person in everything}
+    assert spoken_of == set(made.covered[:40])
+
+
 def test_what_no_replayed_row_touches_is_left_by_people_and_by_facts(modules: Any, world: Any) -> None:
     masks = modules.runs.untouched(world, "general/quarter", modules.world.TASKS)
     quarter, style = lines_of(world, "general/quarter"), lines_of(world, "new_style/train")
