@@ -6,12 +6,13 @@
 
 Worlds by seed: a tiny base model that knows 160 made-up people by heart, and new things to learn. One task (40 new
 people), 5 seeds: plain LoRA at five learning rates, every tier strategy, replay, KL to the parent, combinations, the
-recipes; each with and without strength. Three tasks in 3 orders, 3 seeds: the recipe with all earlier data, with 64
-rows stored, and with a quarter of the world replayed; the controls (plain LoRA, replay alone) take one order a seed,
-joint training has none. Exits with 1 where a bar
-is missed, but for --smoke. Each cell's result is kept in --work, and a second start goes on; about 90 minutes on two
-cores, bases (some minutes each, kept in the cache) included. With --config one task of a run is learned, from the
-base, data and retention sets that its configuration names.
+recipes; each with and without strength. Three tasks in 3 orders, 3 seeds: the recipe with all earlier data, and with a
+quarter of the world replayed; what they are compared with, and the recipe with 64 rows stored, take one order a seed,
+joint training has none. Exits with 1 where a bar is missed, but for --smoke.
+
+Each cell's result is kept in --work, and a second start goes on; about 90 minutes on two cores, bases (some minutes
+each, kept in the cache) included. With --config one task of a run is learned, from the base, data and retention sets
+that its configuration names.
 """
 
 import argparse

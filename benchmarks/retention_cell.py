@@ -38,6 +38,8 @@ from nestune.training.recorder import Recorder
 
 TARGET = 0.95
 LOOK_EVERY = 25
+# So many steps do not lead from there to the target.
+FAR = 0.4
 NEW = "new"
 
 
@@ -57,7 +59,8 @@ class Job:
 class Pace:
     """How training comes along; a `Listener` that counts CPU seconds and looks at the rows that choose.
 
-    After every LOOK_EVERY steps, until TARGET is reached; what that takes is not counted.
+    After every LOOK_EVERY steps, or twice as many while the target is far, until it is reached; what that takes is not
+    counted.
     """
 
     backend: Backend
@@ -78,7 +81,9 @@ class Pace:
         """Count the step, and look."""
         self.seconds += time.process_time() - self._mark
         self.steps = line["step"]
-        if self.look and self.reached is None and self.steps % LOOK_EVERY == 0:
+        at, right = self.seen[-1] if self.seen else (0, TARGET)
+        far = right < FAR and self.steps - at == LOOK_EVERY
+        if self.look and self.reached is None and self.steps % LOOK_EVERY == 0 and not far:
             right = score_rows(self.backend, self.dataset, self.config)
             self.seen.append((self.steps, right))
             if right >= TARGET:
@@ -97,7 +102,8 @@ def score_rows(backend: Backend, dataset: Dataset, config: RunConfig) -> float:
 def train(job: Job, folder: Path) -> dict[str, Any]:
     """Train into `folder`, whose run then has a candidate; returns what was measured, scores as digits a row.
 
-    full: at the strength that training ended with; chosen: at that which the rows that choose have chosen.
+    full: at the strength that training ended with, where a job is looked at; chosen: at that which the rows that
+    choose have chosen.
     """
     config, run = parse_config(job.config), RunPaths(folder)
     dataset = make_dataset(job, config, run.dataset)
