@@ -79,10 +79,14 @@ def sequence_table(rows: Sequence[Row]) -> Table:
 def bars_table(bars: Sequence[Bar]) -> Table:
     """What was promised, and whether it holds."""
     shown = [
-        [bar.what, f"{'>=' if bar.at_least else '<='} {bar.bar:g}", number(bar.value), "met" if bar.met else "MISSED"]
-        for bar in bars
+        [bar.what, f"{'>=' if bar.at_least else '<='} {bar.bar:g}", number(bar.value), verdict(bar)] for bar in bars
     ]
-    return "Bars", ["bar", "promised", "measured", ""], shown, []
+    return "Bars", ["bar", "promised", "measured", "verdict"], shown, []
+
+
+def verdict(bar: Bar) -> str:
+    """What a bar is called; what was not measured is as good as missed for the exit code."""
+    return "met" if bar.met else "not measured" if bar.value is None else "MISSED"
 
 
 def show(tables: Sequence[Table], notes: Sequence[str]) -> None:

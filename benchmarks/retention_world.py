@@ -92,9 +92,11 @@ def world_of(seed: int, work: Path, steps: int = BASE_STEPS, rows: int | None = 
             write_data(seed, Path(making, "data"))
             for path in Path(making, "data").rglob("*.jsonl") if rows else ():
                 lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-                path.write_text("".join(lines[:rows]), encoding="utf-8")
+                # The base learns from all of its rows.
+                if path.parts[-2:] != ("general", "train.jsonl"):
+                    path.write_text("".join(lines[:rows]), encoding="utf-8")
             Path(making, "data").rename(data)
-    base = cache_folder() / origin(seed, steps)
+    base = cache_folder() / origin(seed, steps, data)
     if not base.exists():
         base.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=base.parent) as making:
@@ -143,10 +145,10 @@ def cache_folder() -> Path:
     return (Path(named) if named else Path.home() / ".cache" / "nestune") / "benchmarks" / "retention"
 
 
-def origin(seed: int, steps: int) -> str:
-    """The hash of what decides a base: the code that makes it and its data, its seed, its steps."""
-    code = [path.read_bytes() for path in (DEMO / "world.py", DEMO / "pretrain.py")]
-    return hashlib.sha256(b"\0".join([*code, f"{seed} {steps}".encode()])).hexdigest()[:16]
+def origin(seed: int, steps: int, data: Path) -> str:
+    """The hash of what decides a base: the code that trains it, its rows, its seed, its steps."""
+    read = [(DEMO / "pretrain.py").read_bytes(), (data / "general" / "train.jsonl").read_bytes()]
+    return hashlib.sha256(b"\0".join([*read, f"{seed} {steps}".encode()])).hexdigest()[:16]
 
 
 def make_base(seed: int, steps: int, data: Path, out: Path) -> None:
