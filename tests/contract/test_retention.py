@@ -174,12 +174,12 @@ def test_the_gradient_of_the_divergence_is_its_slope(make: MakeBackend, parent: 
     step = [Batch(learned.tokens, learned.supervised, learned.lengths), *held]
     folder = parent if teacher == "parent" else None
     first, before = backend.weights(), backend.divergence(held, folder)
-    rate = 3e-7
+    rate = 1e-6
     backend.train_step(step, ALL, rate)
     moved = sum(((backend.weights()[name] - values).astype(np.float64) ** 2).sum() for name, values in first.items())
     slope = (backend.divergence(held, folder).mean - before.mean) * weight * rate
     # The gradient is that of the cross-entropy too, which is a ten-thousandth of it.
-    assert slope == pytest.approx(-moved, rel=0.1)
+    assert slope == pytest.approx(-moved, rel=0.2)
 
 
 def test_the_squared_change_pulls_every_weight_towards_the_parents(make: MakeBackend, parent: Path) -> None:

@@ -31,7 +31,7 @@ def drawn(steps: list) -> list[list[list[int]]]:
 
 
 def replaying(rows_per_step: float, every: int = 1, kl: KlConfig | None = None) -> RetentionConfig:
-    replay = ReplayConfig(rows_per_step=rows_per_step, every=every)
+    replay = ReplayConfig(files=("earlier.jsonl",), rows_per_step=rows_per_step, every=every)
     return RetentionConfig(recipe="none", replay=replay, kl=kl)
 
 

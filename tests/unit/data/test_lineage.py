@@ -46,7 +46,11 @@ def make_task(write_here, tokenizer):
     """Builds the dataset of a run, and tells of it as its candidate does."""
 
     def make(run="week1", strength=None, git_commit=None, **data):
-        paths, given, retention = RunPaths.of(run), DataConfig(**data), RetentionConfig(strength=strength)
+        paths, given, retention = (
+            RunPaths.of(run),
+            DataConfig(**data),
+            RetentionConfig(recipe="none", strength=strength),
+        )
         build_dataset(given, retention, tokenizer, paths.dataset)
         return task_of(paths, given, retention, git_commit)
 
@@ -176,7 +180,7 @@ def test_earlier_tasks_are_replayed_and_measured_on(task, write_here, tokenizer)
     )
     train, old = write_here("new.jsonl", texts(*range(50, 60))), write_here("old.jsonl", texts(90))
     data = DataConfig(train=train)
-    retention = RetentionConfig(replay={"files": old, "earlier_tasks": True})
+    retention = RetentionConfig(recipe="none", replay={"files": old, "earlier_tasks": True})
     folder = Path("runs/now/dataset")
     report = build_dataset(data, retention, tokenizer, folder, earlier=[sets])
     assert report.replayed == {"replay/0": "old.jsonl", "replay/1": "task_week1"}
@@ -198,7 +202,7 @@ def test_what_an_earlier_task_trained_on_is_not_measured_on(task, write_here, to
     leak = write_here("leak.jsonl", [*texts(70), *lines_of(train)[:1]])
     data = {"train": write_here("new.jsonl", texts(50)), "valid": write_here("valid.jsonl", texts(60))}
     data |= {"retention": {"old": leak}} if measured == "retention" else {measured: leak}
-    retention = RetentionConfig(replay={"earlier_tasks": True})
+    retention = RetentionConfig(recipe="none", replay={"earlier_tasks": True})
     with pytest.raises(DataError, match=rf"leak\.jsonl:2: also trained on: the same record as {train}:1\."):
         build_dataset(DataConfig(**data), retention, tokenizer, Path("runs/now/dataset"), earlier=[sets])
 

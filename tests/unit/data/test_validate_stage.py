@@ -24,7 +24,8 @@ def base(tmp_path):
 
 def test_the_stage_writes_dataset_configuration_and_manifest(tmp_path, base, write):
     train = write("train.jsonl", [{"text": f"the sea is {number}"} for number in range(10)])
-    config = parse_config({"name": "first", "model": {"base": str(base)}, "data": {"train": train}})
+    told = {"name": "first", "model": {"base": str(base)}, "data": {"train": train}, "retention": {"recipe": "none"}}
+    config = parse_config(told)
     run = RunPaths(tmp_path / "runs" / "first")
     result = validate(config, run)
     assert json.loads(json.dumps(result.as_dict()))["records"] == {"train": 9, "valid": 1}

@@ -30,7 +30,7 @@ def build(tmp_path, tokenizer):
 
     def build(replay=(), strength=None, **data):
         replay = replay if isinstance(replay, dict) else {"files": replay}
-        retention = RetentionConfig(replay=replay, strength=strength)
+        retention = RetentionConfig(recipe="none", replay=replay, strength=strength)
         return build_dataset(DataConfig(**data), retention, tokenizer, tmp_path / "dataset")
 
     return build
@@ -64,7 +64,9 @@ def test_the_dataset_is_read_back_as_it_was_written(build, write, tmp_path, toke
     replay = (write("r0.jsonl", texts(5, 6)), write("r1.jsonl", texts(7)))
     report = build(train=train, valid=valid, retention={"old": old}, replay=replay)
     data = DataConfig(train=train, valid=valid, retention={"old": old})
-    dataset = load_dataset(data, RetentionConfig(replay={"files": replay}), tokenizer, 2048, tmp_path / "dataset")
+    dataset = load_dataset(
+        data, RetentionConfig(recipe="none", replay={"files": replay}), tokenizer, 2048, tmp_path / "dataset"
+    )
     assert dataset.sha256 == report.sha256
     assert [row.answer for row in dataset.train] == ["hello", None]
     decoded = [[tokenizer.decode(row.tokens) for row in rows] for rows in [dataset.valid, *dataset.replay]]
@@ -75,7 +77,7 @@ def test_the_dataset_is_read_back_as_it_was_written(build, write, tmp_path, toke
 def test_a_dataset_changed_since_validation_is_refused(build, write, tmp_path, tokenizer):
     train = write("train.jsonl", texts(*range(10)))
     build(train=train)
-    data, replay, folder = DataConfig(train=train), RetentionConfig(), tmp_path / "dataset"
+    data, replay, folder = DataConfig(train=train), RetentionConfig(recipe="none"), tmp_path / "dataset"
     with pytest.raises(RunError, match="good when it was validated, with other settings"):
         _ = load_dataset(data, replay, tokenizer, 1, folder).train
     other = DataConfig(train=train, valid=0.3, allow_duplicates=True)
@@ -207,7 +209,7 @@ def test_all_rows_masked_is_an_error(build, write, on_invalid):
 def test_a_base_without_chat_template_refuses_chats_and_writes_nothing(write, tmp_path):
     data = DataConfig(train=write("train.jsonl", [*texts(1), chat("hi", "hello")]))
     with pytest.raises(ConfigError, match=r"models/tiny has no chat template, and .*train\.jsonl:2 is a chat"):
-        build_dataset(data, RetentionConfig(), build_tokenizer(chat_template=None), tmp_path / "dataset")
+        build_dataset(data, RetentionConfig(recipe="none"), build_tokenizer(chat_template=None), tmp_path / "dataset")
     assert not (tmp_path / "dataset").exists()
 
 
@@ -270,12 +272,14 @@ def test_the_strength_is_chosen_on_one_half_of_valid_and_the_other_is_scored(bui
     ]
     assert [report.sets[name].records for name in ("train", "valid", "test")] == [20, 3, 4]
     assert set(report.outputs) == {"train.jsonl", "valid.jsonl", "test.jsonl"}
-    dataset = load_dataset(DataConfig(**data), RetentionConfig(strength={}), tokenizer, 99, tmp_path / "dataset")
+    dataset = load_dataset(
+        DataConfig(**data), RetentionConfig(recipe="none", strength={}), tokenizer, 99, tmp_path / "dataset"
+    )
     assert [tokenizer.decode(row.tokens) for row in dataset.scored] == [
         f"{record['text']}<|endoftext|>" for record in halves["test"]
     ]
     with pytest.raises(RunError, match=r"other settings \(valid_is_halved differ\)"):
-        load_dataset(DataConfig(**data), RetentionConfig(), tokenizer, 99, tmp_path / "dataset")
+        load_dataset(DataConfig(**data), RetentionConfig(recipe="none"), tokenizer, 99, tmp_path / "dataset")
 
 
 def test_a_fraction_that_is_held_out_is_halved_too_and_copies_stay_together(build, write, tmp_path):
@@ -298,7 +302,9 @@ def test_files_of_test_are_scored_and_valid_stays_whole(build, write, tmp_path, 
     }
     report = build(**data, strength=strength)
     assert [report.sets[name].records for name in ("valid", "test")] == [2, 3]
-    dataset = load_dataset(DataConfig(**data), RetentionConfig(strength=strength), tokenizer, 99, tmp_path / "dataset")
+    dataset = load_dataset(
+        DataConfig(**data), RetentionConfig(recipe="none", strength=strength), tokenizer, 99, tmp_path / "dataset"
+    )
     assert len(dataset.scored) == 3
 
 
@@ -306,7 +312,7 @@ def test_without_a_test_set_valid_is_scored(build, write, tmp_path, tokenizer):
     data = {"train": write("train.jsonl", texts(*range(9))), "valid": 0.3}
     report = build(**data)
     assert list(report.sets) == ["train", "valid"]
-    dataset = load_dataset(DataConfig(**data), RetentionConfig(), tokenizer, 99, tmp_path / "dataset")
+    dataset = load_dataset(DataConfig(**data), RetentionConfig(recipe="none"), tokenizer, 99, tmp_path / "dataset")
     assert dataset.scored is dataset.valid
 
 
@@ -365,7 +371,7 @@ def test_a_store_keeps_so_many_rows_of_each_source_drawn_by_the_seed(write, tmp_
     files = (write("many.jsonl", many), write("few.jsonl", few))
     kept = {}
     for seed, folder in ((0, "a"), (0, "b"), (1, "c")):
-        retention = RetentionConfig(replay={"files": files, "store": 10})
+        retention = RetentionConfig(recipe="none", replay={"files": files, "store": 10})
         data = DataConfig(train=train)
         report = build_dataset(data, retention, tokenizer, tmp_path / folder, seed=seed)
         kept[folder] = [lines_of(tmp_path / folder / f"replay/{number}.jsonl") for number in range(2)]
