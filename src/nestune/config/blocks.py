@@ -250,6 +250,36 @@ class RunConfig(Strict):
             )
         return training
 
+    @field_validator("retention")
+    @classmethod
+    def _continues_something(cls, retention: RetentionConfig, info: ValidationInfo) -> RetentionConfig:
+        model = info.data.get("model")
+        if retention.start == "continue" and model is not None and model.adapter is None:
+            raise ValueError(
+                "start is continue, and there is no parent to continue; set model.adapter, or start: fresh"
+            )
+        return retention
+
+    @field_validator("training")
+    @classmethod
+    def _something_joins_a_step(cls, training: TrainingConfig, info: ValidationInfo) -> TrainingConfig:
+        retention = info.data.get("retention")
+        if retention is None:
+            return training
+        kl = retention.kl if retention.kl is not None and retention.kl.weight else None
+        rows = training.batch_size * training.gradient_accumulation_steps
+        for name, block in (("replay", retention.replay if retention.replay.is_on else None), ("kl", kl)):
+            if block is None:
+                continue
+            turns = training.steps // block.every
+            if not turns or (block.rows_per_step < 1 and turns * block.rows_per_step * rows < 1):
+                raise ValueError(
+                    f"retention.{name} never acts: in {training.steps} steps of {rows} rows, with rows_per_step "
+                    f"{block.rows_per_step:g} every {block.every} steps, not one row comes; raise training.steps or "
+                    f"rows_per_step, or lower retention.{name}.every"
+                )
+        return training
+
     @field_validator("registry", mode="before")
     @classmethod
     def _named_after_the_run(cls, registry: object, info: ValidationInfo) -> object:

@@ -36,6 +36,15 @@ class ReplayConfig(Strict):
     )
     every: PositiveInt = Field(1, description="steps between two that replay")
 
+    @field_validator("store")
+    @classmethod
+    def _of_something(cls, store: int | None, info: ValidationInfo) -> int | None:
+        if store is not None and not info.data.get("files") and not info.data.get("earlier_tasks"):
+            raise ValueError(
+                "nothing is replayed of which rows could be kept; set files or earlier_tasks, or remove it"
+            )
+        return store
+
     @property
     def is_on(self) -> bool:
         """Whether anything is replayed."""
@@ -72,11 +81,15 @@ class PromptsConfig(Strict):
 
         templates = info.data.get("templates", ())
         try:
-            blanks = {name for text in templates for _, name, _, _ in Formatter().parse(text) if name is not None}
+            parts = [part for text in templates for part in Formatter().parse(text) if part[1] is not None]
         except ValueError as error:
             raise ValueError(
                 f"a template cannot be read: {error}; write a brace that is none as {{{{ or }}}}"
             ) from None
+        odd = sorted({str(name) for _, name, form, kind in parts if form or kind or not str(name).isidentifier()})
+        if odd:
+            raise ValueError(f"a blank must be a plain name in braces, such as {{name}}; these are not: {odd}")
+        blanks = {str(name) for _, name, _, _ in parts}
         empty = sorted(name for name, values in fillings.items() if not values)
         if blanks != fillings.keys() or empty:
             raise ValueError(
@@ -128,7 +141,8 @@ class StrengthConfig(Strict):
         (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
         min_length=1,
         max_length=MOST_FACTORS,
-        description="factors that are tried, ascending, between 0 and 1; 1: the change as it was learned",
+        description="factors that are tried, ascending, between 0 and 1; 1, the change as it was learned, is tried, "
+        "too, and stays where no other keeps enough",
     )
 
     @field_validator("factors")

@@ -217,8 +217,10 @@ class _Builder:
             problem = f"also in valid: the same record as {self.profile.where(trained[digest])}"
             remedy = "Remove it here or there; a score on what chose the adapter's strength would say too much"
         elif digest in trained:
-            problem = f"also trained on: the same record as {self.profile.where(trained[digest])}"
-            remedy = "Remove it here or there; a score on what was trained on would say nothing"
+            replayed = self.profile.set_of(trained[digest]).startswith("replay/")
+            how, key = ("replayed", "retention.replay") if replayed else ("trained on", "data.train")
+            problem = f"also {how}: the same record as {self.profile.where(trained[digest])}"
+            remedy = f"Leave it out of {key}, or of this set; a score on what was {how} would say nothing"
         elif digest in seen and not self.data.allow_duplicates:
             problem = f"duplicate: the same record as {self.profile.where(seen[digest])}"
             remedy = "Remove one, or set data.allow_duplicates=true"

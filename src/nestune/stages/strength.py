@@ -1,12 +1,13 @@
 """Choosing the strength of a trained adapter: every factor scored on the new task and against the parent."""
 
+import logging
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -24,6 +25,10 @@ from nestune.training.strength import Point, choose, share_of_gain
 CHOOSING = "choosing the strength"
 # Enough for a mean divergence; the choice is to cost a few evaluations.
 MOST_ANCHORS = 512
+# Fewer tell a share of 0.97 only by chance.
+FEW_ROWS = 30
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,13 @@ def choose_strength(
     give the same. Raises StoppedError between two batches when the run is asked to stop.
     """
     valid, evaluation = inputs.dataset.valid, inputs.config.evaluation
+    if len(valid) < FEW_ROWS:
+        log.warning(
+            "retention.strength is chosen on %d rows of the new task, which is mostly chance: hold out %d or more "
+            "(data.valid)",
+            len(valid),
+            FEW_ROWS,
+        )
     tokenizer = load_tokenizer(inputs.base.folder)
     factors = sorted({*settings.factors, 1.0})
     scores: dict[float, Score] = {}
@@ -82,17 +94,21 @@ def choose_strength(
             scores[factor] = score(backend, valid, tokenizer, evaluation, stop)
             divergences[factor] = backend.divergence(stop.watched(anchors.batches), inputs.parent).mean
             bar.show(number, f"{CHOOSING}: {factor:g}")
-    whole = _gain(before, scores[1.0])
+    measure = _measure(before, scores[1.0])
+    values = {factor: _value(of, measure) for factor, of in scores.items()}
+    # A loss is good where it falls.
+    sign, parent = 1 if measure == "exact_match" else -1, _value(before, measure)
+    whole = sign * (values[1.0] - parent)
     points = [
-        Point(factor, of.value, share_of_gain(_gain(before, of), whole), divergences[factor])
-        for factor, of in scores.items()
+        Point(factor, value, share_of_gain(sign * (value - parent), whole), divergences[factor])
+        for factor, value in values.items()
     ]
     chosen = choose(points, settings.min_share)
     return {
         "factor": chosen.factor,
         "min_share": settings.min_share,
-        "measure": before.measure,
-        "parent": _finite(before.value),
+        "measure": measure,
+        "parent": _finite(parent),
         "learned": whole > 0,
         "rows": {"new task": f"{len(valid)} of valid", "divergence": f"{anchors.rows} {anchors.what}"},
         "curve": [{key: _finite(value) for key, value in asdict(point).items()} for point in points],
@@ -108,10 +124,18 @@ def _told_stopped() -> Iterator[None]:
         raise StoppedError(f"{stopped} {told}") from None
 
 
-def _gain(before: Score, after: Score) -> float:
-    """By how much a score is better than the parent's: exact match that rose, or loss that fell."""
-    rose = after.value - before.value
-    return rose if after.measure == "exact_match" else -rose
+def _measure(before: Score, whole: Score) -> Literal["exact_match", "loss"]:
+    """What learning is judged by: exact match, or the loss where no more answers are right, or there are none."""
+    if before.exact_match is None or whole.exact_match is None:
+        return "loss"
+    fell = before.loss is not None and whole.loss is not None and whole.loss < before.loss
+    return "loss" if fell and whole.exact_match <= before.exact_match else "exact_match"
+
+
+def _value(score: Score, measure: Literal["exact_match", "loss"]) -> float:
+    value = score.loss if measure == "loss" else score.exact_match
+    assert value is not None, "valid has a loss always, and answers where it is judged by them"
+    return value
 
 
 def _question(row: Row) -> Row:

@@ -21,7 +21,7 @@ from nestune.registry.tracking import TrackedRun, tracked_run
 from nestune.registry.tracking_note import keep_untold, read_note
 from nestune.registry.versions import fitting_champion, resolve_adapter
 from nestune.runs import RunPaths, record_stage
-from nestune.stages.candidate import candidate_faults, make_candidate
+from nestune.stages.candidate import candidate_faults, make_candidate, read_strength
 from nestune.stages.inputs import TrainingInputs, read_training_inputs, tier_map_depends_on
 from nestune.stages.texts import with_texts, write_texts_report
 from nestune.stopping import StopRequests, signals_stop
@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 class TrainResult:
     """What training did, on which backend; losses in nats per supervised token; adapter_sha256: of the candidate.
 
+    strength: the factor on what was learned, None where none was chosen.
     went_on_after: the step of the checkpoint that it went on from; `steps` where it had ended there already.
     """
 
@@ -52,6 +53,7 @@ class TrainResult:
     adapter_sha256: str
     checkpoints: str
     candidate: str
+    strength: float | None
     backend: str
     went_on_after: int | None = None
 
@@ -67,6 +69,8 @@ class TrainResult:
             f"backend: {self.backend}",
             f"checkpoints: {self.checkpoints}, candidate: {self.candidate}",
         ]
+        if self.strength is not None:
+            lines.append(f"strength: {self.strength:g} of what was learned is kept")
         if self.went_on_after == self.steps:
             return [f"training had ended at step {self.steps} already: nothing was trained", *lines]
         return lines if self.went_on_after is None else [f"went on after step {self.went_on_after}", *lines]
@@ -171,6 +175,8 @@ def _train(
         ProgressBar(config.training.steps, taken=state.steps) as bar,
     ):
         bar.say(f"backend: {trains_on}")
+        for line in _what_keeps(inputs):
+            bar.say(line)
         write_texts_report(inputs, run)
         listeners: list[Listener] = [bar, _Tracker(tracked)]
         with Recorder(run.metrics, state.updates, listeners, state.steps, best.validated_step) as recorder:
@@ -189,6 +195,23 @@ def _train(
                 raise
     forget_replaced(run)
     return trains_on
+
+
+def _what_keeps(inputs: TrainingInputs) -> list[str]:
+    """What of earlier knowledge joins the steps, for a person."""
+
+    def rows(of_a_step: float) -> str:
+        return f"{of_a_step:g} more rows" if of_a_step >= 1 else f"{of_a_step:.0%} of the rows"
+
+    kl, replay = inputs.config.retention.kl, inputs.config.retention.replay
+    told = []
+    if kl is not None and kl.weight:
+        what = f"{len(inputs.texts)} texts of its own" if inputs.texts else "replayed rows"
+        told.append(f"held to the {kl.teacher} on {what}: {rows(kl.rows_per_step)} of every {kl.every}. step")
+    if inputs.dataset.replay:
+        replayed = sum(map(len, inputs.dataset.replay))
+        told.append(f"replay of {replayed} earlier rows: {rows(replay.rows_per_step)} in every {replay.every}. step")
+    return told
 
 
 def _record(run: RunPaths) -> None:
@@ -226,6 +249,7 @@ def _result(
         adapter_sha256=sha256_file(run.candidate / WEIGHTS),
         checkpoints=run.checkpoints.as_posix(),
         candidate=run.candidate.as_posix(),
+        strength=(read_strength(run.candidate) or {}).get("factor"),
         backend=trained_on,
         went_on_after=went_on_after,
     )

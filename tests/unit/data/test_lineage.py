@@ -203,7 +203,7 @@ def test_what_an_earlier_task_trained_on_is_not_measured_on(task, write_here, to
     data = {"train": write_here("new.jsonl", texts(50)), "valid": write_here("valid.jsonl", texts(60))}
     data |= {"retention": {"old": leak}} if measured == "retention" else {measured: leak}
     retention = RetentionConfig(recipe="none", replay={"earlier_tasks": True})
-    with pytest.raises(DataError, match=rf"leak\.jsonl:2: also trained on: the same record as {train}:1\."):
+    with pytest.raises(DataError, match=rf"leak\.jsonl:2: also replayed: the same record as {train}:1\."):
         build_dataset(DataConfig(**data), retention, tokenizer, Path("runs/now/dataset"), earlier=[sets])
 
 
