@@ -175,7 +175,7 @@ def test_what_importances_do_not_depend_on_measures_nothing_again(
         ({"training__gradient_accumulation_steps": 2}, "training.gradient_accumulation_steps"),
         ({"training__seed": 1}, "training.seed"),
         ({"training__precision": "bfloat16"}, "training.precision"),
-        ({"retention__replay__rows_per_step": 3}, "retention.replay.rows_per_step"),
+        ({"retention__replay__rows_per_step": 3}, "retention.replay"),
         ({"data__max_seq_length": 60}, "data.max_seq_length"),
         ({"model__dtype": "bfloat16"}, "model.dtype"),
         ({"lora__rank": 4}, "lora"),
@@ -228,7 +228,7 @@ def test_a_pass_that_names_other_matrices_is_measured_again(
 
 
 def test_the_summary_ends_with_the_files_that_were_made(configure: Configure, run: RunPaths) -> None:
-    by_depth = assign(configure(tiers={"strategy": "layer_depth"}, training__steps=2), run)
+    by_depth = assign(configure(tiers={"strategy": "layer_depth", "update_every": [1, 2, 4]}, training__steps=2), run)
     assert by_depth.tier_map.warnings
     assert by_depth.summary()[-1] == f"files: {run.tiers}, {run.tiers_picture}"
     measured = assign(configure(), run)
@@ -263,7 +263,14 @@ def test_measures_that_are_all_zero_are_refused_and_the_last_pass_is_kept(
     make_backend(configure()).save_adapter(tmp_path / "untrained")
     before = run.importance.read_bytes()
     with pytest.raises(ConfigError, match="taylor of every matrix is 0"):
-        assign(configure(tiers__importance__measure="taylor", model__adapter=str(tmp_path / "untrained")), run)
+        assign(
+            configure(
+                tiers__importance__measure="taylor",
+                model__adapter=str(tmp_path / "untrained"),
+                retention__start="continue",
+            ),
+            run,
+        )
     assert run.importance.read_bytes() == before
 
 
@@ -272,7 +279,9 @@ def test_ranking_each_matrix_alone_warns_where_every_a_measures_0(
 ) -> None:
     (warning,) = assign(configure(tiers__importance__aggregate="parameter"), run).tier_map.warnings
     assert "every A measures 0" in warning
-    from_parent = configure(tiers__importance__aggregate="parameter", model__adapter=str(parent))
+    from_parent = configure(
+        tiers__importance__aggregate="parameter", model__adapter=str(parent), retention__start="continue"
+    )
     assert assign(from_parent, run).tier_map.warnings == ()
 
 

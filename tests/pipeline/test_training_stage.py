@@ -47,11 +47,16 @@ def test_training_starts_from_the_parent_adapter(configured: Configured) -> None
     train(path)
     parent = load_file(RUN / "checkpoints" / "final" / "adapter_model.safetensors")
     hardly = ["training.optimizer=sgd", "training.learning_rate=1e-12", "training.steps=1"]
-    train(path, *hardly, f"model.adapter={RUN}/checkpoints/final", name="child")
-    child = load_file(Path("runs/child/checkpoints/final/adapter_model.safetensors"))
-    assert child.keys() == parent.keys()
-    for key, value in parent.items():
-        np.testing.assert_allclose(child[key], value, atol=1e-9)
+    for start in ("fresh", "continue"):
+        train(path, *hardly, f"model.adapter={RUN}/checkpoints/final", f"retention.start={start}", name=start)
+        child = load_file(Path(f"runs/{start}/checkpoints/final/adapter_model.safetensors"))
+        assert child.keys() == parent.keys()
+        for key, value in parent.items():
+            # The ranks of a fresh adapter come behind those of the parent.
+            ranks = value.shape[0 if "lora_A" in key else 1]
+            of_parent = child[key][:ranks] if "lora_A" in key else child[key][:, :ranks]
+            assert child[key].size == (2 if start == "fresh" else 1) * value.size
+            np.testing.assert_allclose(of_parent, value, atol=1e-9)
     assert any(np.abs(value).max() > 0 for key, value in parent.items() if "lora_B" in key)
 
 

@@ -221,7 +221,9 @@ def test_taylor_importance_needs_a_parent_adapter(written: Path) -> None:
     (fault,) = faults_of(written, *taylor)
     told = "in a new adapter tiers.importance.measure taylor is 0 everywhere; set model.adapter, or measure gradient."
     assert fault.strip() == f"tiers: {told}"
-    config = load_config(written, [*taylor, "model.adapter=models:/r@champion"])
+    (fault,) = faults_of(written, *taylor, "model.adapter=models:/r@champion")
+    assert "start is fresh, and in a new adapter tiers.importance.measure taylor is 0 everywhere" in fault
+    config = load_config(written, [*taylor, "model.adapter=models:/r@champion", "retention.start=continue"])
     assert config.tiers.importance.measure == "taylor"
 
 

@@ -258,6 +258,12 @@ class RunConfig(Strict):
             raise ValueError(
                 "start is continue, and there is no parent to continue; set model.adapter, or start: fresh"
             )
+        tiers = info.data.get("tiers")
+        if tiers is not None and tiers.importance.measure == "taylor" and retention.start == "fresh":
+            raise ValueError(
+                "start is fresh, and in a new adapter tiers.importance.measure taylor is 0 everywhere; set start to "
+                "continue, or measure gradient"
+            )
         return retention
 
     @field_validator("training")
