@@ -49,7 +49,7 @@ def main() -> int:
     options.work.mkdir(parents=True, exist_ok=True)
     conditions, began = provenance(), time.perf_counter()
     cells = cells_of(options)
-    run_all(cells, options.work, options.jobs, time.time() + options.limit if options.limit else None)
+    run_all(cells, options.work, options.jobs, None if options.limit is None else time.time() + options.limit)
     measured = measure(cells, options) | {"provenance": conditions | {"load_average_after": load_average()}}
     measured["seconds"] = time.perf_counter() - began
     tables, notes = tables_of(measured), notes_of(measured)

@@ -203,14 +203,17 @@ def _what_keeps(inputs: TrainingInputs) -> list[str]:
     def rows(of_a_step: float) -> str:
         return f"{of_a_step:g} more rows" if of_a_step >= 1 else f"{of_a_step:.0%} of the rows"
 
+    def steps(every: int) -> str:
+        return "every step" if every == 1 else f"one step in {every}"
+
     kl, replay = inputs.config.retention.kl, inputs.config.retention.replay
     told = []
     if kl is not None and kl.weight:
         what = f"{len(inputs.texts)} texts of its own" if inputs.texts else "replayed rows"
-        told.append(f"held to the {kl.teacher} on {what}: {rows(kl.rows_per_step)} of every {kl.every}. step")
+        told.append(f"held to the {kl.teacher} on {what}: {rows(kl.rows_per_step)} in {steps(kl.every)}")
     if inputs.dataset.replay:
         replayed = sum(map(len, inputs.dataset.replay))
-        told.append(f"replay of {replayed} earlier rows: {rows(replay.rows_per_step)} in every {replay.every}. step")
+        told.append(f"replay of {replayed} earlier rows: {rows(replay.rows_per_step)} in {steps(replay.every)}")
     return told
 
 
