@@ -28,6 +28,9 @@ def configuration(backend: str, *, base: Path = BASE, **blocks: dict[str, Any]) 
         "model": {"base": str(base), "backend": backend},
         "data": {"train": str(BASE / "config.json")},
     }
+    if blocks.get("retention", {}).get("start") == "continue":
+        # Named, as it must be, and never looked for: the tests begin from folders of their own.
+        content["model"]["adapter"] = "models:/parent@champion"
     tiers = {"update_every": [1, 2, 4]} | blocks.pop("tiers", {})
     return parse_config(content | {"tiers": tiers} | blocks)
 
