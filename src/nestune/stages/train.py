@@ -174,8 +174,7 @@ def _train(
         tracked_run(config, run, tags, goes_on=checkpoint is not None) as tracked,
         ProgressBar(config.training.steps, taken=state.steps) as bar,
     ):
-        bar.say(f"backend: {trains_on}")
-        for line in _what_keeps(inputs):
+        for line in [*_what_keeps(inputs), f"backend: {trains_on}"]:
             bar.say(line)
         write_texts_report(inputs, run)
         listeners: list[Listener] = [bar, _Tracker(tracked)]
