@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import Configured, run_python
+from tests.pipeline.conftest import Configured, run_python
 
 SECRETS = {
     "MLFLOW_TRACKING_USERNAME": "canary-user-4f1c",
