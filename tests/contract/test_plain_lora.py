@@ -56,7 +56,8 @@ def ordinary_mlx_loop(batches: list[Batch], first_weights: dict[str, NDArray[Any
     from mlx import nn, optimizers
     from mlx_lm.utils import load_model
 
-    from nestune.backends.mlx_lora import LoraParts, add_lora
+    from nestune.backends.lora_parts import LoraParts
+    from nestune.backends.mlx_lora import add_lora
     from nestune.config import LoraConfig
 
     model, _ = load_model(BASE)

@@ -3,13 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from nestune.backends.adapters import read_adapter, read_adapter_of_any_size
-from nestune.backends.lora_sum import Adapter, Weights, weighted_sum
+from nestune.backends.lora_sum import Adapter, Weights, split, weighted_sum
 from nestune.backends.randomness import initial_weights
 from nestune.base_model import BaseModel
 from nestune.config import LoraConfig, RunConfig
@@ -46,7 +42,7 @@ def begin_training(
     frozen = read_adapter_of_any_size(parent, described, lora, base) if parent is not None else None
     beside = frozen is not None and config.retention.start == "fresh"
     if frozen is None or beside:
-        own = initial_weights(described, seed, upon=frozen.rank if frozen else 0)
+        own: Weights = initial_weights(described, seed, upon=frozen.rank if frozen else 0)
     elif frozen.rank != lora.rank:
         raise ConfigError(
             f"retention.start is continue, and the parent {parent} has rank {frozen.rank}, lora.rank is {lora.rank}: "
@@ -56,7 +52,7 @@ def begin_training(
         assert parent is not None
         own = read_adapter(parent, described, lora, base)
     if checkpoint is not None and beside:
-        own = own_part(read_adapter_of_any_size(checkpoint, described, lora, base).weights, lora.rank)
+        own = split(read_adapter_of_any_size(checkpoint, described, lora, base), lora.rank)[1].weights
     elif checkpoint is not None:
         own = read_adapter(checkpoint, described, lora, base)
     return Beginning(own, frozen, beside)
@@ -76,11 +72,3 @@ def summed(own: Weights | None, added: Adapter | None, lora: LoraConfig) -> tupl
     scale = lora.alpha / lora.rank
     whole = weighted_sum([(added, 1.0), (Adapter(own, scale), 1.0)], scale)
     return whole.weights, lora.model_copy(update={"rank": whole.rank, "alpha": whole.alpha})
-
-
-def own_part(weights: Weights, rank: int) -> dict[str, NDArray[Any]]:
-    """The last ranks of a sum: what was trained."""
-    return {
-        name: np.ascontiguousarray(values[-rank:] if name.endswith("lora_a") else values[:, -rank:])
-        for name, values in weights.items()
-    }

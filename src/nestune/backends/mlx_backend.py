@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from nestune.backends.adapters import read_adapter, read_adapter_of_any_size, write_adapter
 from nestune.backends.base import Loss, StepResult
 from nestune.backends.beginning import begin_training, summed
+from nestune.backends.lora_parts import LoraParts
 from nestune.backends.lora_sum import Adapter
 from nestune.backends.mlx_generation import answers_together, generate
 from nestune.backends.mlx_head_loss import head_divergence, head_loss
 from nestune.backends.mlx_lora import (
-    LoraParts,
     Part,
     add_lora,
     checkpoint_activations,
@@ -142,7 +142,6 @@ class MlxBackend:
     def divergence(self, batches: Iterable[Batch], teacher: Path | None) -> Loss:
         shown = [module._parent for module in self._modules]
         of_teacher = self._parts_of(self._read_frozen(teacher)) if teacher is not None else [None] * len(shown)
-        own, with_parent = self._parts.own, self._parts.with_parent
         nats, positions = 0.0, 0
         self._switch(training=False)
         for batch in batches:
@@ -152,8 +151,7 @@ class MlxBackend:
                 self._set_parents(of_teacher)
                 said = self._states_at(tokens, places)
             self._set_parents(shown)
-            with self._parts.shown(own, with_parent):
-                seen = self._states_at(tokens, places)
+            seen = self._states_at(tokens, places)
             summed = head_divergence(seen, said, weights, self._head, self._positions_at_once)
             nats += float(np.array(summed))
             positions += int(batch.held.sum())

@@ -1,7 +1,6 @@
 """LoRA on an MLX model: which modules get an adapter, the layer itself, and layers that keep no activations."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +8,7 @@ import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from nestune.backends.lora_parts import LoraParts
 from nestune.backends.lora_targets import chosen_modules
 from nestune.config import LoraConfig
 from nestune.errors import ConfigError
@@ -25,24 +25,6 @@ ROPE_IN_MLX = {
 Part = tuple[mx.array, mx.array, float]
 
 
-@dataclass
-class LoraParts:
-    """Which adapters a model computes with; all its modules look here."""
-
-    own: bool = True
-    with_parent: bool = False
-
-    @contextmanager
-    def shown(self, own: bool, with_parent: bool) -> Iterator[None]:
-        """Compute with these for a while."""
-        before = self.own, self.with_parent
-        self.own, self.with_parent = own, with_parent
-        try:
-            yield
-        finally:
-            self.own, self.with_parent = before
-
-
 class LoraLinear(nn.Module):
     """W x + scale (x A) B around a frozen linear module, quantized or not; A (inputs, rank), B (rank, outputs).
 
@@ -53,7 +35,7 @@ class LoraLinear(nn.Module):
     drawn, since every backend starts from the same ones.
     """
 
-    def __init__(self, linear: nn.Module, lora: LoraConfig, parts: "LoraParts") -> None:
+    def __init__(self, linear: nn.Module, lora: LoraConfig, parts: LoraParts) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         outputs, inputs = _shape(linear)
         self.linear = linear

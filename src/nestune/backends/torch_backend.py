@@ -150,15 +150,15 @@ class TorchBackend:
     def divergence(self, batches: Iterable[Batch], teacher: Path | None) -> Loss:
         shown, self._parts.parent = self._parts.parent, {}
         of_teacher = self._parts_of(self._read_frozen(teacher)) if teacher is not None else {}
-        own, with_parent = self._parts.own, self._parts.with_parent
         nats, positions = 0.0, 0
         self._switch(training=False)
         with torch.no_grad():
             for batch in batches:
                 assert batch.held is not None, "such batches hold the model to its teacher"
-                self._parts.parent, self._parts.own, self._parts.with_parent = of_teacher, False, True
-                said = self._states_of(batch.tokens, batch.lengths)[:, :-1][self._mask(batch.held)]
-                self._parts.parent, self._parts.own, self._parts.with_parent = shown, own, with_parent
+                self._parts.parent = of_teacher
+                with self._parts.shown(own=False, with_parent=True):
+                    said = self._states_of(batch.tokens, batch.lengths)[:, :-1][self._mask(batch.held)]
+                self._parts.parent = shown
                 states = self._states_of(batch.tokens, batch.lengths)
                 nats += self._divergence(batch.held, states, said, positions=1).item()
                 positions += int(batch.held.sum())

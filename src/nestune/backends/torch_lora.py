@@ -8,8 +8,7 @@ PEFT writes three matrices of the output's size on the way to W x + s B A x; her
 made. Of the forward pass of such a layer that is some 5 %.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,33 +18,23 @@ from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nestune.backends.lora_parts import LoraParts
+
 ADAPTER = "default"
 # A, B and the scale of a frozen adapter in one module.
 Part = tuple[Tensor, Tensor, float]
 
 
 @dataclass
-class LoraParts:
-    """Which adapters a model computes with; all its modules look here. `parent`: of each module, by its path."""
+class TorchLoraParts(LoraParts):
+    """The same, and the parent's part in each module, by its path."""
 
-    own: bool = True
-    with_parent: bool = False
     parent: dict[str, Part] = field(default_factory=dict)
 
-    @contextmanager
-    def shown(self, own: bool, with_parent: bool) -> Iterator[None]:
-        """Compute with these for a while."""
-        before = self.own, self.with_parent
-        self.own, self.with_parent = own, with_parent
-        try:
-            yield
-        finally:
-            self.own, self.with_parent = before
 
-
-def control_lora(model: nn.Module) -> LoraParts:
+def control_lora(model: nn.Module) -> TorchLoraParts:
     """Let the LoRA modules of a PEFT model with one adapter compute with the parts that are told."""
-    parts = LoraParts()
+    parts = TorchLoraParts()
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             path = name.removeprefix("base_model.model.")
@@ -53,7 +42,7 @@ def control_lora(model: nn.Module) -> LoraParts:
     return parts
 
 
-def squared_change(own: Mapping[str, Tensor], paths: Mapping[str, str], parts: LoraParts, scale: float) -> Tensor:
+def squared_change(own: Mapping[str, Tensor], paths: Mapping[str, str], parts: TorchLoraParts, scale: float) -> Tensor:
     """The squared Frobenius norm of what training has changed of all weights against the parent; a scalar.
 
     own: canonical name -> A (rank, inputs) or B (outputs, rank); paths: canonical name -> path of its module. The
@@ -72,7 +61,7 @@ def squared_change(own: Mapping[str, Tensor], paths: Mapping[str, str], parts: L
 
 
 def _forward(
-    module: Any, path: str, parts: LoraParts, as_peft: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any
+    module: Any, path: str, parts: TorchLoraParts, as_peft: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
     """(..., inputs) -> (..., outputs)."""
     base = module.get_base_layer()

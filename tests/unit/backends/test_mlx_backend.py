@@ -13,8 +13,9 @@ import pytest
 from small_bases import write_base
 from tests.contract.conftest import BASE, configuration, random_batch
 
+from nestune.backends.lora_parts import LoraParts
 from nestune.backends.mlx_backend import MlxBackend, _arrays, _padded, _prompt_arrays
-from nestune.backends.mlx_lora import LoraLinear, LoraParts, parameters_of
+from nestune.backends.mlx_lora import LoraLinear, parameters_of
 from nestune.config import LoraConfig
 from nestune.data.batches import Batch
 from nestune.errors import RunError
