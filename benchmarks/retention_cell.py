@@ -123,7 +123,7 @@ def train(job: Job, folder: Path) -> dict[str, Any]:
     with Recorder(run.metrics, [0] * len(config.tiers.periods), [pace]) as recorder:
         checkpoints = Checkpoints(run.checkpoints, backend, base, config, "")
         schedule = TierSchedule(config.tiers.periods)
-        best = BestLoss(None)
+        best = BestLoss.of(config)
         pace.begin()
         run_training(backend, schedule, inputs.steps(), valid, config.training, recorder, best, checkpoints, stop)
     began = time.process_time()

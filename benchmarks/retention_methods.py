@@ -11,7 +11,7 @@ Blocks = Mapping[str, Mapping[str, Any]]
 COMMON: Blocks = {
     "tiers": {"update_every": [1]},
     "training": {"batch_size": 16, "warmup_steps": 10, "eval_every": None, "checkpoint_every": None},
-    "evaluation": {"batch_size": 256, "max_answer_tokens": 16, "checkpoint": "final"},
+    "evaluation": {"batch_size": 256, "max_answer_tokens": 8, "checkpoint": "final"},
     "retention": {"recipe": "none", "strength": {}},
 }
 NO_OLD_DATA, WITH_REPLAY = "recipe no_old_data", "recipe with_replay"
@@ -140,7 +140,7 @@ ONE_TASK: tuple[Method, ...] = (
     Method("replay 5 %", "replay", TIER_RATE, TIER_STEPS, replay(0.05), "general/replay"),
     Method("replay 10 %", "replay", TIER_RATE, TIER_STEPS, replay(0.10), "general/replay"),
     Method("replay + 8 rows", "replay", TIER_RATE, TIER_STEPS, replay(8), "general/replay"),
-    Method("KL, 16 texts every 2nd", "KL", 2e-3, 300, kl(weight=20.0, every=2, rows_per_step=16)),
+    Method("KL, half of each step", "KL", 2e-3, 450, kl()),
     Method("KL, 32 texts every 4th", "KL", 2e-3, 300, kl(weight=20.0, every=4, rows_per_step=32)),
     Method("L2 0.01", "L2", TIER_RATE, TIER_STEPS, {"retention": {"l2": 0.01}}),
     Method(
@@ -158,15 +158,17 @@ ONE_TASK: tuple[Method, ...] = (
         400,
         {**tiers("layer_depth_reversed", 1, 2, 4), **kl(weight=20.0, every=4, rows_per_step=32)},
     ),
-    Method(NO_OLD_DATA, "recipes", 2e-3, 450, {"retention": {"recipe": "no_old_data"}}),
-    Method(WITH_REPLAY, "recipes", 2e-3, 450, {"retention": {"recipe": "with_replay"}}, "general/replay"),
+    Method(NO_OLD_DATA, "recipes", 2e-3, 500, {"retention": {"recipe": "no_old_data"}}),
+    Method(WITH_REPLAY, "recipes", 2e-3, 500, {"retention": {"recipe": "with_replay"}}, "general/replay"),
 )
 
 REPLAY_ALONE: Blocks = {"retention": {"strength": None, "replay": {"rows_per_step": 8}}}
 RECIPE: Blocks = {"retention": {"recipe": "with_replay"}}
+# What no replayed row tells must be restored from texts, for longer, and may cost a little more of what is new.
+QUESTIONS: Blocks = {"retention": {"recipe": "with_replay", "kl": {"after": 0.4}, "strength": {"min_share": 0.95}}}
 ALL, QUARTER = "general/replay", "general/quarter"
 JOINT, ONE_BY_ONE, REPLAY = "joint training", "plain LoRA, task by task", "replay"
-STORED, REPLAY_QUARTER, RECIPE_QUARTER = "recipe, 64 rows stored", "replay of a quarter", "recipe, quarter"
+STORED, REPLAY_QUARTER = "recipe, 64 rows stored", "replay of a quarter"
 RECIPE_QUESTIONS = "recipe + questions, quarter"
 
 SEQUENCE: tuple[SequenceMethod, ...] = (
@@ -181,18 +183,9 @@ SEQUENCE: tuple[SequenceMethod, ...] = (
     ),
     SequenceMethod(ONE_BY_ONE, 2e-3, 250, {"retention": {"strength": None}}, control=True),
     SequenceMethod(REPLAY, 2e-3, 400, REPLAY_ALONE, ALL, earlier=True, control=True),
-    SequenceMethod(WITH_REPLAY, 3e-3, 500, RECIPE, ALL, earlier=True),
-    SequenceMethod(STORED, 3e-3, 500, RECIPE, ALL, earlier=True, store=64, control=True),
+    SequenceMethod(WITH_REPLAY, 5e-3, 650, RECIPE, ALL, earlier=True),
+    SequenceMethod(STORED, 5e-3, 650, RECIPE, ALL, earlier=True, store=64, control=True),
     SequenceMethod(REPLAY_QUARTER, 2e-3, 400, REPLAY_ALONE, QUARTER, earlier=True, control=True),
-    SequenceMethod(RECIPE_QUARTER, 3e-3, 500, RECIPE, QUARTER, earlier=True, control=True),
-    # Half of the texts give way to questions in the forms that are known, about names that nobody has.
-    SequenceMethod(
-        RECIPE_QUESTIONS,
-        3e-3,
-        500,
-        {"retention": {"recipe": "with_replay", "kl": {"self_written": {"texts": 500}}}},
-        QUARTER,
-        earlier=True,
-        questions=500,
-    ),
+    # As many questions in the forms that are known, about names that nobody has, as texts.
+    SequenceMethod(RECIPE_QUESTIONS, 4e-3, 850, QUESTIONS, QUARTER, earlier=True, questions=1000),
 )

@@ -22,7 +22,7 @@ from nestune.config.fields import (
     existing,
     hide_secrets,
 )
-from nestune.config.retention import RetentionConfig
+from nestune.config.retention import KlConfig, RetentionConfig
 from nestune.config.tiers import TierConfig
 from nestune.foreign_files import folder_at
 
@@ -277,12 +277,13 @@ class RunConfig(Strict):
         for name, block in (("replay", retention.replay if retention.replay.is_on else None), ("kl", kl)):
             if block is None:
                 continue
-            turns = training.steps // block.every
+            free = block.free_steps(training.steps) if isinstance(block, KlConfig) else 0
+            turns = training.steps // block.every - free // block.every
             if not turns or (block.rows_per_step < 1 and turns * block.rows_per_step * rows < 1):
                 raise ValueError(
-                    f"retention.{name} never acts: in {training.steps} steps of {rows} rows, with rows_per_step "
+                    f"retention.{name} never acts: in {training.steps - free} steps of {rows} rows, with rows_per_step "
                     f"{block.rows_per_step:g} every {block.every} steps, not one row comes; raise training.steps or "
-                    f"rows_per_step, or lower retention.{name}.every"
+                    f"rows_per_step, or lower retention.{name}.every{' or after' if free else ''}"
                 )
         return training
 

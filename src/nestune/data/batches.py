@@ -103,8 +103,9 @@ def training_steps(
     """The micro-batches of one step after the other, without end, from the step after `after` on.
 
     Every row comes once an epoch; the last micro-batch of an epoch is smaller when the rows do not divide. What
-    `retention` says of replay and KL joins the steps that are its multiples, drawn from the sources in turn and spread
-    evenly over the micro-batches. Where a share of the rows gives way to it, so many fewer new ones are in a step.
+    `retention` says of replay and KL joins the steps that are its multiples (KL once it has begun), drawn from the
+    sources in turn and spread evenly over the micro-batches. Where a share of the rows gives way to it, so many fewer
+    new ones are in a step.
     Raises DataError when there are no rows, or none in a source.
     """
     if not rows or not all(earlier.replay):
@@ -120,10 +121,11 @@ def training_steps(
         for joining, there in ((replay, earlier.replay), (kl, earlier.texts))
         if joining is not None and there
     ]
+    free = kl.free_steps(training.steps) if kl is not None else 0
     for step in count(1):
-        held = kl is not None and step % kl.every == 0
+        held = kl is not None and step > free and step % kl.every == 0
         again = _due_rows(replay.rows_per_step, replay.every, step, whole) if earlier.replay else 0
-        told = _due_rows(kl.rows_per_step, kl.every, step, whole) if kl is not None and earlier.texts else 0
+        told = _due_rows(kl.rows_per_step, kl.every, step, whole) if held and kl is not None and earlier.texts else 0
         giving_way = (again if replay.rows_per_step < 1 else 0) + (told if kl and kl.rows_per_step < 1 else 0)
         sizes = [training.batch_size - (giving_way + parts - 1 - part) // parts for part in range(parts)]
         taken = [islice(singly, max(0, size)) for size in sizes] if any(shares) else islice(batches, parts)

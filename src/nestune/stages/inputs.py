@@ -72,6 +72,7 @@ class TrainingInputs:
             "data.max_seq_length": self.base.row_limit(self.config.data.max_seq_length),
             "retention.replay": replay.model_dump(mode="json") if replay.is_on else None,
             "retention.kl": kl.model_dump(mode="json") if kl is not None and kl.weight else None,
+            "the steps before retention.kl": kl.free_steps(training.steps) if kl is not None and kl.weight else 0,
             "retention.l2": self.config.retention.l2,
             **{f"training.{key}": value for key, value in training.model_dump(include=of_training).items()},
             "version of nestune": version("nestune"),

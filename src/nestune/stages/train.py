@@ -114,7 +114,7 @@ def train(config: RunConfig, run: RunPaths, force: bool = False, resume: bool = 
         if not force:
             raise _other_data(checkpoint, inputs)
         checkpoint = None
-    best = BestLoss(config.training.early_stopping)
+    best = BestLoss.of(config)
     if checkpoint is not None:
         best.restore(checkpoint.metadata)
     trains_on, ended = "", checkpoint is not None and has_ended(checkpoint, config)
@@ -209,7 +209,9 @@ def _what_keeps(inputs: TrainingInputs) -> list[str]:
     told = []
     if kl is not None and kl.weight:
         what = f"{len(inputs.texts)} texts of its own" if inputs.texts else "replayed rows"
-        told.append(f"held to the {kl.teacher} on {what}: {rows(kl.rows_per_step)} in {steps(kl.every)}")
+        free = kl.free_steps(inputs.config.training.steps)
+        after = f" after step {free}" if free else ""
+        told.append(f"held to the {kl.teacher} on {what}: {rows(kl.rows_per_step)} in {steps(kl.every)}{after}")
     if inputs.dataset.replay:
         replayed = sum(map(len, inputs.dataset.replay))
         told.append(f"replay of {replayed} earlier rows: {rows(replay.rows_per_step)} in {steps(replay.every)}")

@@ -4,13 +4,15 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from nestune.config import EarlyStopping
+from nestune.config import EarlyStopping, RunConfig
 
 
 class BestLoss:
     """Follows the validation loss, in nats per token.
 
     validated_step: the step after which the last validation was; best_step: that of the best one; 0: none yet.
+    counts_from: validations after earlier steps are neither the best nor lack improvement, as what the model has
+    forgotten is not restored yet.
     """
 
     STATE = (
@@ -21,18 +23,28 @@ class BestLoss:
         "best_step",
     )
 
-    def __init__(self, stopping: EarlyStopping | None) -> None:
+    def __init__(self, stopping: EarlyStopping | None, counts_from: int = 0) -> None:
         self.loss = math.inf
         self.validated_step = 0
         self.best_step = 0
         self._stopping = stopping
+        self._counts_from = counts_from
         self._reference = math.inf
         self._since_improvement = 0
 
+    @classmethod
+    def of(cls, config: RunConfig) -> "BestLoss":
+        """That of a run, before its first validation."""
+        kl, training = config.retention.kl, config.training
+        holds = kl is not None and kl.weight > 0
+        return cls(training.early_stopping, kl.restored_step(training.steps) if kl is not None and holds else 0)
+
     def update(self, step: int, loss: float) -> bool:
-        """Take the loss of the validation after a step; True when it is the lowest so far."""
-        best = loss < self.loss
+        """Take the loss of the validation after a step; True when it is the lowest that counts."""
         self.validated_step = step
+        if step < self._counts_from:
+            return False
+        best = loss < self.loss
         if best:
             self.loss, self.best_step = loss, step
         min_delta = self._stopping.min_delta if self._stopping else 0.0

@@ -56,7 +56,7 @@ def starting_point(config: RunConfig, run: RunPaths, force: bool = False, resume
 
 def has_ended(checkpoint: Checkpoint, config: RunConfig) -> bool:
     """Whether a checkpoint is the end of the training that is configured."""
-    best = BestLoss(config.training.early_stopping)
+    best = BestLoss.of(config)
     best.restore(checkpoint.metadata)
     return checkpoint.is_final and (best.should_stop or checkpoint.step == config.training.steps)
 

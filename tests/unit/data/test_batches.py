@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -199,6 +200,21 @@ def test_replay_and_texts_join_every_kth_step_only(every, kl_every, parts):
                 texts += [number] if number >= 200 else []
         assert len(replayed) == (2 if step % every == 0 else 0)
         assert len(texts) == (3 if step % kl_every == 0 else 0)
+
+
+@given(st.fractions(0, 1).filter(lambda after: after < 1), st.integers(1, 12), st.integers(1, 3))
+def test_texts_and_holding_begin_after_a_share_of_the_steps_as_if_they_had_never_begun_before(after, steps, every):
+    training = TrainingConfig(batch_size=4, steps=steps)
+    kl = KlConfig(after=float(after), every=every, rows_per_step=0.5, replayed=True)
+    new, earlier = rows_of([4] * 8), Earlier([rows_of([4] * 5, 100)], rows_of([5] * 4, 200))
+    held = list(islice(training_steps(new, training, PAD, replaying(2, kl=kl), earlier), steps))
+    free = int(float(after) * steps)
+    plain = list(islice(training_steps(new, training, PAD, replaying(2), replace(earlier, texts=())), free))
+    assert drawn(held[:free]) == drawn(plain)
+    for step, (batch,) in enumerate(held, start=1):
+        is_held = step > free and step % every == 0
+        assert (batch.held is not None) == is_held
+        assert sum(number >= 200 for number in batch.tokens[:, 0].tolist()) == (2 if is_held else 0)
 
 
 def test_a_weight_of_zero_gives_the_batches_of_a_run_without_kl():

@@ -2,12 +2,13 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nestune.config import EarlyStopping, TrainingConfig
+from nestune.config import EarlyStopping, TrainingConfig, parse_config
 from nestune.training.best_loss import BestLoss
 from nestune.training.learning_rate import learning_rate
 
@@ -61,6 +62,33 @@ def test_small_improvements_that_add_up_to_min_delta_keep_training_alive() -> No
     for step, loss in enumerate((2.0, 1.95, 1.89, 1.85, 1.78)):
         best.update(step, loss)
         assert not best.should_stop
+
+
+def test_what_was_validated_before_it_counts_is_neither_the_best_nor_a_lack_of_improvement() -> None:
+    best = BestLoss(EarlyStopping(patience=1, min_delta=0.1), counts_from=30)
+    assert [best.update(step, loss) for step, loss in ((10, 1.0), (20, 5.0), (30, 3.0))] == [False, False, True]
+    assert (best.loss, best.best_step, best.validated_step) == (3.0, 30, 30)
+    assert not best.should_stop
+    assert not best.update(40, 3.0)
+    assert best.should_stop
+
+
+@pytest.mark.parametrize(
+    ("kl", "counts_from"),
+    [
+        (None, 0),
+        ({"after": 0.0}, 0),
+        ({"after": 0.3}, 60),
+        ({"after": 0.7}, 100),
+        ({"after": 0.7, "weight": 0}, 0),
+    ],
+)
+def test_a_checkpoint_counts_once_it_was_held_for_as_long_as_it_was_free(
+    kl: dict[str, float] | None, counts_from: int, tmp_path: Path
+) -> None:
+    blocks = {"training": {"steps": 100, "eval_every": 1}, "retention": {"recipe": "none", "kl": kl}}
+    best = BestLoss.of(parse_config({"name": "a", "model": {"base": "b"}, "data": {"train": str(tmp_path)}} | blocks))
+    assert [best.update(step, 1.0 / step) for step in range(1, 101)] == [step >= counts_from for step in range(1, 101)]
 
 
 @given(
