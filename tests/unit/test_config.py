@@ -332,7 +332,7 @@ def test_inverse_period_scales_by_one_over_the_period() -> None:
         (["start=continue"], "retention: start is continue, and there is no parent to continue"),
         (["kl={every: 2000}"], "training: retention.kl never acts: in 700 steps of 4 rows"),
         (["kl={every: 600, after: 0.7}"], "training: retention.kl never acts: in 300 steps of 4 rows"),
-        (["kl={after: 1}"], "retention.kl.after: must be below 1"),
+        (["kl={after: 1}"], "retention.kl.after: must be a number below 1"),
         (["replay={earlier_tasks: true, rows_per_step: 0.0001}"], "training: retention.replay never acts"),
         (["kl={prompts: {templates: ['Who is {']}}"], "retention.kl.prompts.fillings: a template cannot be read"),
         (["strength={factors: [0.5, 0.4]}"], "retention.strength.factors: must ascend"),
