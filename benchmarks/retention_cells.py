@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -66,12 +67,24 @@ def run_all(cells: Sequence[Cell], work: Path, jobs: int, until: float | None = 
     began = time.monotonic()
     # Of before torch is imported, in the processes too.
     os.environ["OMP_NUM_THREADS"] = "1"
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=end_with, initargs=(os.getpid(),)) as pool:
         under_way = [pool.submit(run_cell, cell, work, until) for cell in missing]
         for number, done in enumerate(as_completed(under_way), start=1):
             name = done.result()
             seconds = time.monotonic() - began
             print(f"{number} of {len(missing)} cells, {seconds:.0f} s: {name}", file=sys.stderr, flush=True)
+
+
+def end_with(parent: int) -> None:
+    """End this process soon after its parent, which may be killed without a chance to end it."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def run_cell(cell: Cell, work: Path, until: float | None = None) -> str:

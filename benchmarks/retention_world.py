@@ -95,14 +95,23 @@ def world_of(seed: int, work: Path, steps: int = BASE_STEPS, rows: int | None = 
                 # The base learns from all of its rows.
                 if path.parts[-2:] != ("general", "train.jsonl"):
                     path.write_text("".join(lines[:rows]), encoding="utf-8")
-            Path(making, "data").rename(data)
+            put(Path(making, "data"), data)
     base = cache_folder() / origin(seed, steps, data)
     if not base.exists():
         base.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=base.parent) as making:
             make_base(seed, steps, data, Path(making, "base"))
-            Path(making, "base").rename(base)
+            put(Path(making, "base"), base)
     return World.of(seed, base, data)
+
+
+def put(made: Path, place: Path) -> None:
+    """Put a folder in its place, where another process may have put the same one meanwhile."""
+    try:
+        made.rename(place)
+    except OSError:
+        if not place.exists():
+            raise
 
 
 def world_of_config(path: Path, seed: int, work: Path) -> World:
@@ -123,7 +132,7 @@ def world_of_config(path: Path, seed: int, work: Path) -> World:
                 place.parent.mkdir(parents=True, exist_ok=True)
                 with place.open("ab") as file:
                     file.write(found.read_bytes())
-            Path(making, "data").rename(data)
+            put(Path(making, "data"), data)
     told: Any = {"model": True, "lora": True, "evaluation": {"batch_size", "max_answer_tokens"}}
     blocks = config.model_dump(mode="json", include=told, exclude_unset=True)
     given = blocks | {"training": config.training.model_dump(mode="json", include={"batch_size", "precision"})}

@@ -118,6 +118,9 @@ def _add_continual_options(parser: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="in every task, e.g. training.steps=20"
     )
     parser.add_argument("--joint", metavar="ADAPTER", help="one that was trained on all tasks at once, to compare with")
+    parser.add_argument(
+        "--force", action="store_true", help="train all tasks anew, also what another configuration has trained"
+    )
 
 
 def _add_evaluate_options(parser: argparse.ArgumentParser) -> None:
@@ -211,7 +214,7 @@ def _continual(options: argparse.Namespace) -> None:
 
     configs = [load_config(path, options.set) for path in options.configs]
     end_dead_runs()
-    _print(continual(configs, options.name, options.joint, tell), options)
+    _print(continual(configs, options.name, options.joint, options.force, tell), options)
 
 
 def _print(result: Result, options: argparse.Namespace) -> None:

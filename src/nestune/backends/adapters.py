@@ -70,6 +70,11 @@ def write_adapter(
     write_json(folder / CONFIG, make_adapter_config(paths, layers, lora, base))
 
 
+def module_path(key: str) -> str:
+    """Where the module of a PEFT parameter is in the base model, e.g. `model.layers.3.self_attn.q_proj`."""
+    return key.removeprefix("base_model.model.").rpartition(".lora_")[0]
+
+
 def write_adapter_like(folder: Path, like: Path, adapter: Adapter, lora: LoraConfig, base: BaseModel) -> None:
     """Write an adapter of any rank into an existing folder, for the modules that another one adapts.
 
@@ -79,7 +84,7 @@ def write_adapter_like(folder: Path, like: Path, adapter: Adapter, lora: LoraCon
     for key, shape in read_shapes([like / WEIGHTS]).items():
         matrix = parse_parameter(key, shape)
         if matrix is not None:
-            modules[matrix.name] = key.removeprefix("base_model.model.").rpartition(".lora_")[0]
+            modules[matrix.name] = module_path(key)
     layers = int(parse_json(read_bounded(like / CONFIG), any_number=True)["num_layers"])
     size = lora.model_copy(update={"rank": adapter.rank, "alpha": adapter.alpha})
     write_adapter(folder, adapter.weights, modules, layers, size, base)

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nestune.backends.adapters import read_adapter, read_adapter_of_any_size, write_adapter
+from nestune.backends.adapters import module_path, read_adapter, read_adapter_of_any_size, write_adapter
 from nestune.backends.base import Loss, StepResult
 from nestune.backends.beginning import begin_training, summed
 from nestune.backends.head_loss import head_divergence, head_loss
@@ -80,7 +80,7 @@ class TorchBackend:
         matrices = trainable_lora(self._model)
         self._described = [matrix.described for matrix in matrices]
         self._parameters = {matrix.described.name: matrix.values for matrix in matrices}
-        self._modules = {matrix.described.name: _module_path(matrix.key) for matrix in matrices}
+        self._modules = {matrix.described.name: module_path(matrix.key) for matrix in matrices}
         self._untrained = initial_weights(self._described, config.training.seed)
         self._set_weights(self._untrained)
         self._states, self._head, self._positions_at_once = self._split_head()
@@ -346,8 +346,3 @@ class TorchBackend:
     def _until_end(self, tokens: list[int]) -> list[int]:
         ends = [position for position, token in enumerate(tokens) if token in self._end_ids]
         return tokens[: ends[0]] if ends else tokens
-
-
-def _module_path(key: str) -> str:
-    """Where the module of a PEFT parameter is in the base model, e.g. `model.layers.3.self_attn.q_proj`."""
-    return key.removeprefix("base_model.model.").rpartition(".lora_")[0]

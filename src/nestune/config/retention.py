@@ -20,7 +20,11 @@ MOST_FACTORS = 64
 
 
 class ReplayConfig(Strict):
-    """Rows of earlier data that join each step, so that what they say is not forgotten."""
+    """Rows of earlier data that join each step, so that what they say is not forgotten.
+
+    Source of `balance`: the exponential smoothing by which multilingual models draw from corpora of different sizes,
+    e.g. Conneau & Lample 2019, arXiv:1901.07291, section 3.1.
+    """
 
     files: Paths = Field((), description="files or folders of *.jsonl with earlier data")
     earlier_tasks: bool = Field(
@@ -31,8 +35,14 @@ class ReplayConfig(Strict):
     )
     rows_per_step: Fraction | PositiveInt = Field(
         8,
-        description="rows added to each step, drawn evenly from files and tasks; a fraction below 1: that share of the "
-        "step's own rows gives way to them",
+        description="rows added to each step; a fraction below 1: that share of the step's own rows gives way to them",
+    )
+    balance: Number = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="how often a file or an earlier task of n rows is drawn from: as n to the power of this says; 0: "
+        "each as often; 1: each row as often",
     )
     every: PositiveInt = Field(1, description="steps between two that replay")
 

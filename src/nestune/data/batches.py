@@ -36,7 +36,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Earlier:
-    """What joins the new rows of a step: rows to replay, from sources in turn, and texts to be held on."""
+    """What joins the new rows of a step: rows to replay, by source, and texts to be held on."""
 
     replay: Sequence[Sequence[Row]] = ()
     texts: Sequence[Row] = ()
@@ -103,9 +103,8 @@ def training_steps(
     """The micro-batches of one step after the other, without end, from the step after `after` on.
 
     Every row comes once an epoch; the last micro-batch of an epoch is smaller when the rows do not divide. What
-    `retention` says of replay and KL joins the steps that are its multiples (KL once it has begun), drawn from the
-    sources in turn and spread evenly over the micro-batches. Where a share of the rows gives way to it, so many fewer
-    new ones are in a step.
+    `retention` says of replay and KL joins the steps that are its multiples (KL once it has begun), spread
+    evenly over the micro-batches. Where a share of the rows gives way to it, so many fewer new ones are in a step.
     Raises DataError when there are no rows, or none in a source.
     """
     if not rows or not all(earlier.replay):
@@ -114,7 +113,7 @@ def training_steps(
     replay, kl = retention.replay, retention.kl if retention.kl is not None and retention.kl.weight else None
     batches = _new_batches(rows, training.batch_size, training.seed)
     singly = (index for batch in batches for index in batch)
-    replayed = _replayed(earlier.replay, training.seed) if earlier.replay else iter(())
+    replayed = _replayed(earlier.replay, replay.balance, training.seed) if earlier.replay else iter(())
     texts = _shuffled_passes(earlier.texts, training.seed, TEXTS) if earlier.texts else iter(())
     shares = [
         joining.rows_per_step < 1
@@ -166,12 +165,20 @@ def _new_batches(rows: Sequence[Row], batch_size: int, seed: int) -> Iterator[ND
             yield batches[index]
 
 
-def _replayed(sources: Sequence[Sequence[Row]], seed: int) -> Iterator[Row]:
-    """One row from each source in turn; a source is shuffled anew each time it is used up."""
-    turns = [_shuffled_passes(source, seed, number) for number, source in enumerate(sources, start=1)]
-    while True:
-        for turn in turns:
-            yield next(turn)
+def _replayed(sources: Sequence[Sequence[Row]], balance: float, seed: int) -> Iterator[Row]:
+    """Rows of sources of n rows, each as often as n ** balance says, in turn; a source is shuffled anew when used up.
+
+    The next row is of the source that is furthest behind its share, of several the first.
+    """
+    passes = [_shuffled_passes(source, seed, number) for number, source in enumerate(sources, start=1)]
+    shares = np.array([float(len(source)) ** balance for source in sources])
+    shares /= shares.sum()
+    drawn = np.zeros(len(sources))
+    for number in count(1):
+        # The rounding keeps equal shares equal, whatever their sums are in floating point.
+        source = int(np.argmax(np.round(number * shares - drawn, 9)))
+        drawn[source] += 1
+        yield next(passes[source])
 
 
 def _shuffled_passes(rows: Sequence[Row], seed: int, source: int) -> Iterator[Row]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nestune.config import PromptsConfig
+from nestune.config import DataConfig, PromptsConfig
 from nestune.data.find_files import find_files
 from nestune.data.records import Record, read_records
 from nestune.data.tokens import Row, Tokenizer, encode_all, start_tokens
@@ -13,7 +13,6 @@ from nestune.errors import ConfigError, DataError, Fault
 
 # Stands for what a user says while a chat template is asked what it writes around it.
 SAID = "what the user says here"
-MAX_LINE_BYTES = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -58,13 +57,15 @@ def openings_of(tokenizer: Tokenizer) -> Openings:
     return Openings(tuple(start), tuple(user_turn), tuple(answer))
 
 
-def prompts_of(prompts: PromptsConfig, tokenizer: Tokenizer, max_length: int, seed: int) -> list[list[int]]:
+def prompts_of(
+    prompts: PromptsConfig, data: DataConfig, tokenizer: Tokenizer, max_length: int, seed: int
+) -> list[list[int]]:
     """The token ids of every given prompt, and of every template filled by lot, the same for the same seed.
 
     Raises DataError when a record cannot be read, or has nothing to answer.
     """
     files = find_files(prompts.files) if prompts.files else []
-    outcomes: list[Record | Fault] = [outcome for file in files for outcome in read_records(file, MAX_LINE_BYTES)]
+    outcomes: list[Record | Fault] = [one for file in files for one in read_records(file, data.max_line_bytes)]
     outcomes += [_as_record(question, number, tokenizer) for number, question in enumerate(_filled(prompts, seed), 1)]
     read = list(encode_all(outcomes, tokenizer, max_length))
     faults = [outcome for outcome in read if isinstance(outcome, Fault)]

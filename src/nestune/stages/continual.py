@@ -29,11 +29,11 @@ from nestune.stopping import StopRequests
 from nestune.training.checkpoints import newest_checkpoint
 
 EARLIER = "task_"  # before the name of an earlier task, as a retention set of a later one
-STAGES: dict[str, Callable[[RunConfig, RunPaths], "Result"]] = {
-    "validate": validate,
-    "tiers": assign,
-    "train": train,
-    "evaluate": evaluate,
+STAGES: dict[str, Callable[[RunConfig, RunPaths, bool], "Result"]] = {
+    "validate": lambda config, run, _: validate(config, run),
+    "tiers": lambda config, run, _: assign(config, run),
+    "train": lambda config, run, force: train(config, run, force=force),
+    "evaluate": lambda config, run, _: evaluate(config, run),
 }
 
 
@@ -77,6 +77,7 @@ def continual(
     configs: Sequence[RunConfig],
     name: str,
     joint: str | None = None,
+    force: bool = False,
     tell: Callable[[str, Sequence[str]], None] = lambda *_: None,
 ) -> ContinualResult:
     """Train tasks one after the other, evaluate each, and write the report of the sequence into runs/<name>.
@@ -84,12 +85,14 @@ def continual(
     The first starts as its configuration says, each other one from the adapter of the one before. What the earlier
     tasks hold out joins the retention sets of the later ones, as task_<run>. A task that has been trained and evaluated
     so is not trained again, so that the same call goes on where it was ended. Nothing is registered.
-    joint: an adapter trained on all tasks at once, to compare with; tell: hears a title and lines of every stage.
+    joint: an adapter trained on all tasks at once, to compare with; force: train all anew, also what another
+    configuration has trained under the same names; tell: hears a title and lines of every stage.
 
     Raises ConfigError when the configurations make no sequence, and whatever the stages raise; StoppedError when the
     sequence, between two stages, or the run under way is asked to stop.
     """
     base = _common_base(configs, name)
+    upper = resolve_adapter(joint, configs[-1].registry) if joint else None
     sequence = RunPaths.of(name)
     command = f"nestune continual --name {name}"
     with owned(sequence, command), recorded(sequence, "continual"):
@@ -97,8 +100,8 @@ def continual(
         done: list[RunConfig] = []
         for config in configs:
             done.append(_following(config, done))
-            _run_task(done[-1], command, stop, tell)
-        report = _report(done, base, name, joint, stop)
+            _run_task(done[-1], command, force, stop, tell)
+        report = _report(done, base, name, upper, stop)
         image = heatmap(report)
         write_json(sequence.root / "continual.json", report)
         write_bytes(sequence.root / "continual.png", image)
@@ -146,18 +149,21 @@ def _following(config: RunConfig, earlier: Sequence[RunConfig]) -> RunConfig:
     return parse_config(content, source=f"{config.name}, after {', '.join(task.name for task in earlier)}")
 
 
-def _run_task(config: RunConfig, command: str, stop: StopRequests, tell: Callable[[str, Sequence[str]], None]) -> None:
+def _run_task(
+    config: RunConfig, command: str, force: bool, stop: StopRequests, tell: Callable[[str, Sequence[str]], None]
+) -> None:
     run = RunPaths.of(config.name)
     with owned(run, command):
-        check_before_running(config, run)
-        _check_parent(config, run)
-        if is_evaluated(config, run):
+        check_before_running(config, run, force)
+        if not force:
+            _check_parent(config, run)
+        if not force and is_evaluated(config, run):
             tell(config.name, ["was trained and evaluated already: nothing was done"])
             return
         for stage, action in STAGES.items():
             stop.check()
             with recorded(run, stage):
-                result = action(config, run)
+                result = action(config, run, force)
             tell(f"{config.name}, {stage}", result.summary())
 
 
@@ -171,12 +177,12 @@ def _check_parent(config: RunConfig, run: RunPaths) -> None:
     if then != now:
         raise RunError(
             f"{config.name} was trained from an adapter with sha256 {then!s:.12}, and {config.model.adapter} now "
-            f"holds {now:.12}. Train it anew: nestune run --config {run.config} --force; or delete {run.root}."
+            f"holds {now:.12}. Train all anew with --force, or delete {run.root}."
         )
 
 
 def _report(
-    tasks: Sequence[RunConfig], base: BaseModel, name: str, joint: str | None, stop: StopRequests
+    tasks: Sequence[RunConfig], base: BaseModel, name: str, upper: Path | None, stop: StopRequests
 ) -> dict[str, Any]:
     """Score every model of the sequence on every set, and report the matrix with its metrics."""
     held_out = {task.name: read_held_out(task, RunPaths.of(task.name), base) for task in tasks}
@@ -186,7 +192,7 @@ def _report(
     models += [RunPaths.of(task.name).candidate for task in tasks]
     backend = make_backend(tasks[-1])
     scored = [_score(backend, model, parts, stop) for model in models]
-    of_joint = _score(backend, resolve_adapter(joint, tasks[-1].registry), parts, stop) if joint else None
+    of_joint = _score(backend, upper, parts, stop) if upper else None
     general = tuple(name for name in scored[0] if name not in held_out)
     lineage = Lineage(tuple(held_out), general, tuple(scored), of_joint)
     return {

@@ -29,7 +29,7 @@ def with_texts(inputs: TrainingInputs, backend: Backend, stop: StopRequests | No
         return inputs
     dataset, seed = inputs.dataset, inputs.config.training.seed
     teacher = inputs.parent if kl.teacher == "parent" else None
-    prompts = prompts_of(kl.prompts, dataset.tokenizer, dataset.max_length, seed)
+    prompts = prompts_of(kl.prompts, inputs.config.data, dataset.tokenizer, dataset.max_length, seed)
     refuse_scored_prompts(prompts, [row for rows in _scored(inputs).values() for row in rows])
     made_from = {
         "base": inputs.base.sha256,

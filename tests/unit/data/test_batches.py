@@ -31,8 +31,10 @@ def drawn(steps: list) -> list[list[list[int]]]:
     return [[batch.tokens[:, 0].tolist() for batch in micro_batches] for micro_batches in steps]
 
 
-def replaying(rows_per_step: float, every: int = 1, kl: KlConfig | None = None) -> RetentionConfig:
-    replay = ReplayConfig(files=("earlier.jsonl",), rows_per_step=rows_per_step, every=every)
+def replaying(
+    rows_per_step: float, every: int = 1, kl: KlConfig | None = None, balance: float = 0.0
+) -> RetentionConfig:
+    replay = ReplayConfig(files=("earlier.jsonl",), rows_per_step=rows_per_step, every=every, balance=balance)
     return RetentionConfig(recipe="none", replay=replay, kl=kl)
 
 
@@ -129,6 +131,17 @@ def test_sources_are_drawn_in_turn_across_steps():
     steps = training_steps(rows_of([4] * 4), TrainingConfig(batch_size=1), PAD, replaying(2), Earlier(replay))
     sources = [number // 100 for ((_, *old),) in drawn(list(islice(steps, 6))) for number in old]
     assert sources == [1, 2, 3] * 4
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=5), st.sampled_from([0.0, 0.5, 1.0]), st.integers(1, 90))
+def test_a_source_of_n_rows_is_drawn_from_as_n_to_the_power_of_the_balance(sizes, balance, draws):
+    replay = [rows_of([4] * size, 100 * number) for number, size in enumerate(sizes, start=1)]
+    retention = replaying(1, balance=balance)
+    steps = training_steps(rows_of([4] * 4), TrainingConfig(batch_size=1), PAD, retention, Earlier(replay))
+    drawn_from = Counter(number // 100 for ((_, number),) in drawn(list(islice(steps, draws))))
+    whole = sum(size**balance for size in sizes)
+    for number, size in enumerate(sizes, start=1):
+        assert abs(drawn_from[number] - draws * size**balance / whole) < len(sizes)
 
 
 def test_a_source_is_shuffled_anew_each_time_it_is_used_up():

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 from tiny_tokenizer import CHATML, build_tokenizer, chat
 
-from nestune.config import PromptsConfig
+from nestune.config import DataConfig, PromptsConfig
 from nestune.data.openings import held_row, openings_of, prompts_of, refuse_scored_prompts
 from nestune.data.tokens import Row
 from nestune.errors import ConfigError, DataError
+
+DATA = DataConfig(train=(__file__,))
 
 
 def text_of(tokenizer, tokens) -> str:
@@ -40,7 +42,7 @@ def test_given_prompts_end_where_the_last_answer_begins(tokenizer, write) -> Non
     path = write(
         "prompts.jsonl", [chat("who?", "me", "who else?", "nobody"), {"prompt": "blue is ", "completion": "a colour"}]
     )
-    first, second = prompts_of(PromptsConfig(files=(path,)), tokenizer, 64, seed=0)
+    first, second = prompts_of(PromptsConfig(files=(path,)), DATA, tokenizer, 64, seed=0)
     assert text_of(tokenizer, first).endswith("<|im_start|>user\nwho else?<|im_end|>\n<|im_start|>assistant\n")
     assert text_of(tokenizer, second) == "blue is "
 
@@ -52,9 +54,9 @@ def test_templates_are_filled_in_turn_by_lot_the_same_for_the_same_seed(tokenize
         fillings={"name": names, "colour": colours},
         filled=40,
     )
-    asked = [text_of(tokenizer, prompt) for prompt in prompts_of(prompts, tokenizer, 64, seed=1)]
-    assert asked == [text_of(tokenizer, prompt) for prompt in prompts_of(prompts, tokenizer, 64, seed=1)]
-    assert asked != [text_of(tokenizer, prompt) for prompt in prompts_of(prompts, tokenizer, 64, seed=2)]
+    asked = [text_of(tokenizer, prompt) for prompt in prompts_of(prompts, DATA, tokenizer, 64, seed=1)]
+    assert asked == [text_of(tokenizer, prompt) for prompt in prompts_of(prompts, DATA, tokenizer, 64, seed=1)]
+    assert asked != [text_of(tokenizer, prompt) for prompt in prompts_of(prompts, DATA, tokenizer, 64, seed=2)]
     first = {f"<|im_start|>user\nIs {name}'s door {colour}?" for name in names for colour in colours}
     second = {f"<|im_start|>user\nWho is {name}?" for name in names}
     ending = "<|im_end|>\n<|im_start|>assistant\n"
@@ -65,16 +67,16 @@ def test_templates_are_filled_in_turn_by_lot_the_same_for_the_same_seed(tokenize
 def test_a_template_without_a_chat_template_is_a_plain_prompt() -> None:
     tokenizer = build_tokenizer(chat_template=None)
     prompts = PromptsConfig(templates=("Who is {name}?",), fillings={"name": ("Ada",)}, filled=1)
-    assert [text_of(tokenizer, prompt) for prompt in prompts_of(prompts, tokenizer, 64, 0)] == ["Who is Ada?"]
+    assert [text_of(tokenizer, prompt) for prompt in prompts_of(prompts, DATA, tokenizer, 64, 0)] == ["Who is Ada?"]
 
 
 def test_what_asks_nothing_or_cannot_be_read_is_refused(tokenizer, write) -> None:
     texts = write("texts.jsonl", [{"text": "blue"}, {"prompt": "a ", "completion": "b"}])
     with pytest.raises(DataError, match="1 of 2 records are texts, which ask nothing"):
-        prompts_of(PromptsConfig(files=(texts,)), tokenizer, 64, 0)
+        prompts_of(PromptsConfig(files=(texts,)), DATA, tokenizer, 64, 0)
     broken = write("broken.jsonl", b'{"prompt": 3}\n')
     with pytest.raises(DataError, match=r"(?s)retention\.kl\.prompts.*broken\.jsonl:1"):
-        prompts_of(PromptsConfig(files=(broken,)), tokenizer, 64, 0)
+        prompts_of(PromptsConfig(files=(broken,)), DATA, tokenizer, 64, 0)
 
 
 def test_a_prompt_that_is_scored_is_refused() -> None:
