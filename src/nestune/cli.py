@@ -25,11 +25,16 @@ COMMANDS = {
     "run": "all of these, one after the other",
     "export": "write the adapter for PEFT, for mlx-lm, merged into the base, or as GGUF, and check what was written",
     "continual": "train tasks in sequence, each from the adapter before, and score every model on all of them",
+    "versions": "list the versions of a registered model: what was kept, lineage, promotions",
+    "compare": "compare two versions on every set that either was scored on",
+    "promote": "make a version champion that the gate let pass",
+    "rollback": "make the champion before the present one champion again",
     "status": "tell how a run stands, or all of them: step, losses, updates, tokens/s, time left",
     "stop": "ask a run to stop at its next step, with a checkpoint, and wait until it has",
 }
 STAGES = ("validate", "tiers", "train", "evaluate", "register")
 OF_A_RUN = ("status", "stop")
+OF_THE_REGISTRY = ("versions", "compare", "promote", "rollback")
 FORMATS = ("peft", "mlx", "merged", "gguf")
 
 
@@ -58,6 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _action(options: argparse.Namespace) -> Callable[[argparse.Namespace], None]:
     if options.command in OF_A_RUN:
         return _of_a_run
+    if options.command in OF_THE_REGISTRY:
+        return _of_the_registry
     if options.command == "continual":
         return _continual
     if options.command == "evaluate" and (options.adapter or options.out or options.lm_eval):
@@ -153,6 +160,25 @@ def _add_export_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_registry_options(parser: argparse.ArgumentParser, command: str) -> None:
+    if command == "compare":
+        parser.add_argument("first", metavar="VERSION", help="number of a version")
+        parser.add_argument("second", metavar="VERSION", help="number of the other one")
+    if command == "promote":
+        parser.add_argument("version", metavar="VERSION", help="number of the version")
+        parser.add_argument("--force", action="store_true", help="pass over the gate; --reason says why")
+    if command == "rollback":
+        parser.add_argument("--to", metavar="VERSION", help="an earlier champion; by default the one before")
+    if command in ("promote", "rollback"):
+        parser.add_argument("--reason", default="", metavar="TEXT", help="kept with the promotion")
+    parser.add_argument("--model", metavar="NAME", help="registered model; by default the only one that MLflow has")
+    parser.add_argument("--tracking-uri", metavar="URI", help="MLflow server or database; by default SQLite in mlflow/")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="take both from the YAML file of a run")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="with --config, e.g. registry.tracking_uri=..."
+    )
+
+
 def _run(options: argparse.Namespace) -> None:
     from nestune.config import load_config
     from nestune.run_state import owned, recorded
@@ -237,6 +263,27 @@ def _of_a_run(options: argparse.Namespace) -> None:
     _print(result, options)
 
 
+def _of_the_registry(options: argparse.Namespace) -> None:
+    from nestune.config import load_config
+    from nestune.registry.versions import named_registry
+    from nestune.stages.promote import promote, rollback
+    from nestune.stages.versions import compare, versions
+
+    if options.config is not None:
+        registry = load_config(options.config, options.set).registry
+    else:
+        registry = named_registry(options.model, options.tracking_uri)
+    if options.command == "versions":
+        result: Result = versions(registry)
+    elif options.command == "compare":
+        result = compare(registry, options.first, options.second)
+    elif options.command == "promote":
+        result = promote(registry, options.version, options.force, options.reason)
+    else:
+        result = rollback(registry, options.reason, options.to)
+    _print(result, options)
+
+
 def _stage(name: str, options: argparse.Namespace) -> Callable[["RunConfig", "RunPaths"], Result]:
     """The function of a stage; imported only now, as each pulls in what the others do not need."""
     if name == "validate":
@@ -275,6 +322,8 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=purpose, description=f"{purpose[:1].upper()}{purpose[1:]}.")
         if name in OF_A_RUN:
             command.add_argument("run", metavar="RUN", nargs="?" if name == "status" else None, help="name of the run")
+        elif name in OF_THE_REGISTRY:
+            _add_registry_options(command, name)
         elif name == "continual":
             _add_continual_options(command)
         else:

@@ -114,7 +114,7 @@ def find_experiment(client: Any, registry: RegistryConfig) -> str:
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            return str(client.create_experiment(name, artifact_location=_artifact_location(tracking_uri(registry))))
+            return str(client.create_experiment(name, artifact_location=artifact_location(tracking_uri(registry))))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -173,7 +173,8 @@ def _reach_database(uri: str) -> None:
         engine.dispose()
 
 
-def _artifact_location(uri: str) -> str | None:
+def artifact_location(uri: str) -> str | None:
+    """Where the artifacts of a new experiment lie: beside a SQLite database; None: where the store decides."""
     path = _sqlite_path(uri)
     return None if path is None else str(path.absolute().parent / "artifacts")
 

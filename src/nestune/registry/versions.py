@@ -15,7 +15,8 @@ from nestune.config import RegistryConfig, RunConfig
 from nestune.errors import ConfigError, RunError
 from nestune.files import read_json, sha256_file
 from nestune.foreign_files import folder_at
-from nestune.registry.connection import connect, environment_defaults, speaking_to, tracking_uri, unrepeated
+from nestune.registry.connection import connect, environment_defaults, speaking_to, unrepeated
+from nestune.registry.connection import tracking_uri as address
 
 CANDIDATE = "candidate"
 CHAMPION = "champion"
@@ -40,57 +41,104 @@ class Champion:
     folder: Path
 
 
-def register_version(config: RunConfig, run_id: str, checkpoint: Path, tags: Mapping[str, str]) -> str:
+def register_version(
+    config: RunConfig, run_id: str, checkpoint: Path, tags: Mapping[str, str], files: Mapping[str, bytes] | None = None
+) -> str:
     """Make the adapter of a checkpoint a version and point `candidate` at the newest one; returns its number.
 
-    The same adapter of the same MLflow run stays one version, so that a repeated attempt adds none.
+    The same adapter of the same MLflow run stays one version, so that a repeated attempt adds none. files: what is to
+    lie in it besides, by name, in the place of what a repeated attempt finds there.
     """
-    client, uri, name = connect(config.registry), tracking_uri(config.registry), config.registry.registered_model
+    client, uri, name = connect(config.registry), address(config.registry), config.registry.registered_model
     tags = {**tags, "adapter_sha256": sha256_file(checkpoint / WEIGHTS)}
     with speaking_to(uri):
         _ensure_registered_model(client, name)
         same = [v for v in _versions(client, name) if _identity(v) == (run_id, tags["adapter_sha256"])]
         version = same[0] if same else _create_version(client, config, run_id, checkpoint, tags)
+        _put_files(client, version, files or {})
+        for key, value in tags.items() if same else ():
+            client.set_model_version_tag(name, version.version, key, value[:TAG_CHARACTERS])
         newest = max(int(v.version) for v in _versions(client, name))
         client.set_registered_model_alias(name, CANDIDATE, str(newest))
     return str(version.version)
 
 
+@dataclass(frozen=True)
+class Version:
+    """A version: its number, the aliases that point at it, its tags, and the metrics of the run that made it."""
+
+    number: str
+    aliases: tuple[str, ...]
+    created: int
+    tags: dict[str, str]
+    metrics: dict[str, float]
+
+
+def list_versions(registry: RegistryConfig) -> list[Version]:
+    """Every version of the registered model, the oldest first; created in milliseconds since 1970."""
+    client, name = connect(registry), registry.registered_model
+    with speaking_to(address(registry)):
+        aliases = aliases_by_name(client, name)
+        return [
+            Version(
+                number=str(found.version),
+                aliases=tuple(sorted(alias for alias, at in aliases.items() if at == str(found.version))),
+                created=int(found.creation_timestamp),
+                tags=dict(found.tags),
+                metrics=dict(client.get_run(found.run_id).data.metrics) if found.run_id else {},
+            )
+            for found in sorted(_versions(client, name), key=lambda version: int(version.version))
+        ]
+
+
+def named_registry(model: str | None, tracking_uri: str | None) -> RegistryConfig:
+    """The registry of a model by its name, or of the only one that MLflow has.
+
+    Raises ConfigError, with the names that there are, when there is no such model, or several and none is named.
+    """
+    given = {"registered_model": model} if model is not None else {}
+    registry = RegistryConfig(tracking_uri=tracking_uri, **given)
+    client, uri = connect(registry), address(registry)
+    with speaking_to(uri):
+        known = sorted(found.name for found in client.search_registered_models())
+    if model is None and len(known) == 1:
+        return RegistryConfig(tracking_uri=tracking_uri, registered_model=known[0])
+    if model not in known:
+        asked = f"there is no model {model} in" if model is not None else "--model is not given, for"
+        raise ConfigError(f"{asked} MLflow at {uri}; it has {', '.join(known) or 'none'}.")
+    return registry
+
+
+def check_version(registry: RegistryConfig, version: str) -> None:
+    """Raise ConfigError, with those that there are, when the registered model has no such version."""
+    client, name = connect(registry), registry.registered_model
+    with speaking_to(address(registry)):
+        known = version_numbers(client, name)
+    if version not in known:
+        raise ConfigError(f"{name} has no version {version}; it has {', '.join(known) or 'none'}.")
+
+
 def tag_version(registry: RegistryConfig, version: str, tags: Mapping[str, str]) -> None:
     """Set or replace tags of a version."""
     client = connect(registry)
-    with speaking_to(tracking_uri(registry)):
+    with speaking_to(address(registry)):
         for key, value in tags.items():
             client.set_model_version_tag(registry.registered_model, version, key, value[:TAG_CHARACTERS])
-
-
-def promote_version(registry: RegistryConfig, version: str, compared_with: str | None) -> bool:
-    """Point `champion` at a version; false, and nothing done, when another one became champion meanwhile.
-
-    `compared_with` is the champion that the gate compared the version with, None when there was none.
-    """
-    client, name = connect(registry), registry.registered_model
-    with speaking_to(tracking_uri(registry)):
-        current = _aliases(client, name).get(CHAMPION)
-        if current not in (compared_with, version):
-            return False
-        client.set_registered_model_alias(name, CHAMPION, version)
-    return True
 
 
 def aliases_of(registry: RegistryConfig, version: str) -> tuple[str, ...]:
     """The aliases that point at a version now."""
     client = connect(registry)
-    with speaking_to(tracking_uri(registry)):
-        aliases = _aliases(client, registry.registered_model)
+    with speaking_to(address(registry)):
+        aliases = aliases_by_name(client, registry.registered_model)
     return tuple(sorted(alias for alias, points_at in aliases.items() if points_at == version))
 
 
 def champion(registry: RegistryConfig) -> Champion | None:
     """The version in use, or None while there is none."""
-    client, uri, name = connect(registry), tracking_uri(registry), registry.registered_model
+    client, uri, name = connect(registry), address(registry), registry.registered_model
     with speaking_to(uri):
-        version = _aliases(client, name).get(CHAMPION)
+        version = aliases_by_name(client, name).get(CHAMPION)
     if version is None:
         return None
     return Champion(version, _fetch(client, uri, name, version))
@@ -119,7 +167,7 @@ def resolve_adapter(reference: str, registry: RegistryConfig) -> Path:
             raise ConfigError(f"model.adapter is {reference!r:.200}: no such folder. {FORMS}")
         return folder
     _, name, version = pin_adapter(reference, registry).split("/")
-    return _fetch(connect(registry), tracking_uri(registry), name, version)
+    return _fetch(connect(registry), address(registry), name, version)
 
 
 def pin_adapter(reference: str, registry: RegistryConfig) -> str:
@@ -129,9 +177,9 @@ def pin_adapter(reference: str, registry: RegistryConfig) -> str:
     parts = REFERENCE.fullmatch(reference)
     if parts is None:
         raise ConfigError(f"model.adapter is {reference!r:.200}. {FORMS}")
-    client, uri, name = connect(registry), tracking_uri(registry), parts["name"]
+    client, uri, name = connect(registry), address(registry), parts["name"]
     with speaking_to(uri):
-        known = {f"@{alias}": version for alias, version in _aliases(client, name).items()}
+        known = {f"@{alias}": version for alias, version in aliases_by_name(client, name).items()}
         known |= {f"/{v.version}": str(v.version) for v in _versions(client, name)}
     if parts["which"] not in known:
         there = f"has of {name} only {', '.join(sorted(known))}" if known else f"has no model {name}"
@@ -149,7 +197,7 @@ def _ensure_registered_model(client: Any, name: str) -> None:
             raise
 
 
-def _aliases(client: Any, name: str) -> dict[str, str]:
+def aliases_by_name(client: Any, name: str) -> dict[str, str]:
     """Alias -> version of a registered model; empty when there is no such model."""
     from mlflow.exceptions import MlflowException
 
@@ -159,6 +207,25 @@ def _aliases(client: Any, name: str) -> dict[str, str]:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         return {}
+
+
+def version_numbers(client: Any, name: str) -> list[str]:
+    """The numbers of all versions of a registered model, the oldest first."""
+    return [str(number) for number in sorted(int(version.version) for version in _versions(client, name))]
+
+
+def _put_files(client: Any, version: Any, files: Mapping[str, bytes]) -> None:
+    """Upload files beside what a version holds."""
+    if not files:
+        return
+    experiment_id = client.get_run(version.run_id).info.experiment_id
+    # A version does not tell its logged model, but has its place.
+    logged = client.search_logged_models([experiment_id], filter_string=f"source_run_id = '{version.run_id}'")
+    model_id = next(model.model_id for model in logged if model.artifact_location == version.source)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            Path(folder, name).write_bytes(content)
+        client.log_model_artifacts(model_id, folder)
 
 
 def _versions(client: Any, name: str) -> list[Any]:

@@ -7,10 +7,15 @@ from typing import Any
 
 from nestune.backends.adapters import METADATA
 from nestune.config import RunConfig, dump_config
-from nestune.files import read_json, write_json, write_text
+from nestune.data.lineage import earlier_tasks
+from nestune.files import read_json, sha256_file, write_json, write_text
+from nestune.foreign_files import folder_at
 from nestune.registry.catching_up import resume_tracking
+from nestune.registry.gate_record import GATE, REPORT, REPORT_SHA256, metrics_of
 from nestune.registry.mlflow_run import MlflowRun
-from nestune.registry.versions import aliases_of, promote_version, register_version, tag_version
+from nestune.registry.model_card import CARD, model_card
+from nestune.registry.promotion import promote_version
+from nestune.registry.versions import aliases_of, register_version, tag_version
 from nestune.runs import RunPaths, record_stage
 from nestune.stages.assign import importance_behind
 from nestune.stages.evaluate import EVALUATE_AGAIN, check_seal
@@ -64,14 +69,20 @@ def register(config: RunConfig, run: RunPaths) -> RegisterResult:
     _log_evaluation(tracked, run, report)
     of_training = tracked.tags()
     tags = lineage | {key: of_training[key] for key in ("run", "parent", "git_commit")}
-    version = register_version(config, tracked.run_id, candidate, tags)
+    path = run.evaluation / REPORT
+    card = model_card(report, tags, folder_at(lineage["base"]), config.registry.registered_model)
+    files = {REPORT: path.read_bytes(), CARD: card.encode("utf-8")}
+    tags[REPORT_SHA256] = sha256_file(path)
+    version = register_version(config, tracked.run_id, candidate, tags, files)
 
     gate, reason = "passed" if report["passed"] else "refused", report["reason"]
-    promoted = gate == "passed" and promote_version(config.registry, version, report["champion_version"])
+    promoted = gate == "passed" and promote_version(
+        config.registry, version, report["champion_version"], reason, tags[REPORT_SHA256]
+    )
     if gate == "passed" and not promoted:
         compared = f"version {report['champion_version']}" if report["champion_version"] else "none"
         gate, reason = "outdated", f"the champion is no longer the one compared with ({compared}). {EVALUATE_AGAIN}"
-    outcome = {"gate": gate, "gate_reason": reason}
+    outcome = {GATE: gate, "gate_reason": reason}
     tag_version(config.registry, version, outcome)
     tracked.set_tags(outcome | {"version": version})
 
@@ -96,23 +107,19 @@ def _lineage(run: RunPaths, candidate: Path, report: Mapping[str, Any]) -> dict[
     """What the adapter was made of, by content hash."""
     metadata = read_json(candidate / METADATA, "Run nestune train again.", keys=["base"])
     tier_map = read_json(run.tiers, "Run nestune tiers again.", keys=["sha256"])
+    tasks = earlier_tasks(candidate)
+    tracked_by_dvc = " ".join(f"{path}={hashed}" for path, hashed in tasks[-1].dvc.items()) if tasks else ""
     return {
         "base": str(metadata["base"]["reference"]),
         "base_sha256": str(metadata["base"]["sha256"]),
         "dataset_sha256": str(report["dataset"]["sha256"]),
         "tier_map_sha256": str(tier_map["sha256"]),
+        **({"dvc": tracked_by_dvc} if tracked_by_dvc else {}),
     }
 
 
 def _log_evaluation(tracked: MlflowRun, run: RunPaths, report: Mapping[str, Any]) -> None:
-    numbers = {
-        f"evaluation/{model}/{name}/{score.get('metric') or measure}": score[measure]
-        for model, by_set in report["scores"].items()
-        for name, score in by_set.items()
-        for measure in ("loss", "exact_match")
-        if score[measure] is not None
-    }
-    tracked.log_scores(report["candidate"]["step"], numbers)
+    tracked.log_scores(report["candidate"]["step"], metrics_of(report))
     files = [run.tiers, run.tiers_picture, run.manifest, run.config]
     if importance_behind(run) is not None:
         files += [run.importance, run.importance_picture]

@@ -21,7 +21,8 @@ from nestune.data.validation import build_dataset
 from nestune.errors import ConfigError, RunError
 from nestune.files import SEAL, read_json, seal, sha256_file, write_json
 from nestune.registry.connection import connect, find_experiment
-from nestune.registry.versions import promote_version, register_version
+from nestune.registry.promotion import promote_version
+from nestune.registry.versions import register_version
 from nestune.runs import RunPaths
 from nestune.stages.candidate import make_candidate
 from nestune.stages.evaluate import evaluate

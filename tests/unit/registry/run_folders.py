@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from nestune.config import RunConfig
-from nestune.files import sha256_file, write_json, write_text
+from nestune.files import read_json, sha256_file, write_json, write_text
 from nestune.registry.mlflow_run import MlflowRun
 from nestune.registry.tracking import TrackedRun
 from nestune.runs import RunPaths, record_stage
@@ -24,7 +24,10 @@ def write_evaluated_run(
     write_text(run.config, "name: run\n")
     write_json(run.dataset / "report.json", {"sha256": "data-hash"})
     score = {"loss": 0.5, "tokens": 10, "exact_match": 0.75, "answers": 4}
+    of_base = read_json(run.candidate / "metadata.json", "")["base"]
     report = {
+        "name": "week.1",
+        "base": of_base,
         "passed": passed,
         "reason": "learned +0.50 on new_task" if passed else "forgot: old -0.50",
         "compared_with": "champion" if champion_version else "parent",
@@ -32,7 +35,7 @@ def write_evaluated_run(
         "scores": {"candidate": {"new_task": score, "old": score | {"exact_match": None}}},
         "candidate": {"checkpoint": "best", "step": 20},
         "adapters": {"candidate": sha256_file(run.candidate / "adapter_model.safetensors")},
-        "dataset": {"sha256": "data-hash"},
+        "dataset": {"sha256": "data-hash", "rows": {"train": 9, "new_task": 4, "old": 6}},
     }
     write_json(run.evaluation / "report.json", report)
     seal(run.evaluation, run.candidate)

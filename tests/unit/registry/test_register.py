@@ -10,7 +10,8 @@ from nestune.config import RunConfig
 from nestune.errors import RunError
 from nestune.files import read_json, sha256_file, write_json
 from nestune.registry.connection import connect
-from nestune.registry.versions import champion, promote_version
+from nestune.registry.promotion import promote_version
+from nestune.registry.versions import champion
 from nestune.runs import RunPaths
 from nestune.stages.evaluate import seal
 from nestune.stages.register import register

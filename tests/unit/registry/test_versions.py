@@ -20,11 +20,11 @@ from nestune.data.tokens import load_tokenizer
 from nestune.errors import ConfigError, RunError
 from nestune.files import read_json, sha256_file, write_json
 from nestune.registry.connection import connect
+from nestune.registry.promotion import promote_version
 from nestune.registry.versions import (
     champion,
     fitting_champion,
     pin_adapter,
-    promote_version,
     register_version,
     resolve_adapter,
 )

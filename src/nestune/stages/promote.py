@@ -1,0 +1,99 @@
+"""`nestune promote` and `nestune rollback`: which version is in use, decided by a person."""
+
+import logging
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from nestune.config import RegistryConfig
+from nestune.errors import ConfigError, RunError
+from nestune.registry.gate_record import AGAIN, GateRecord, read_gate_record
+from nestune.registry.ledger import Promotion
+from nestune.registry.promotion import History, force_version, history_of, promote_version, roll_back
+from nestune.registry.versions import check_version, tag_version
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PromoteResult:
+    """The champion of a registered model now, the one that a rollback goes back to, and the entry that made it so."""
+
+    model: str
+    champion: str
+    previous: str | None
+    entry: Promotion
+
+    @classmethod
+    def of(cls, registry: RegistryConfig, history: History) -> "PromoteResult":
+        """What a history ends with, where there is a champion."""
+        line = history.line
+        return cls(registry.registered_model, line[-1], line[-2] if line[1:] else None, history.entries[-1])
+
+    def as_dict(self) -> dict[str, Any]:
+        """The result as JSON."""
+        return asdict(self)
+
+    def summary(self) -> list[str]:
+        """The result for a person."""
+        return [
+            f"{self.model} version {self.champion} is champion: {told(self.entry)}",
+            f"previous: version {self.previous}" if self.previous else "there was no champion before",
+        ]
+
+
+def told(entry: Promotion) -> str:
+    """An entry in one line, e.g. `forced by ada@lab at 2026-01-05T03:00:00+00:00: the set was wrong`."""
+    return f"{entry.action} by {entry.by} at {entry.at}{f': {entry.reason}' if entry.reason else ''}"
+
+
+def promote(registry: RegistryConfig, version: str, force: bool = False, reason: str = "") -> PromoteResult:
+    """Make a version champion that the gate let pass, as its report says, which nothing may contradict.
+
+    force: also one that the gate refused, or whose report is missing or contradicted; a reason is asked for then, and
+    kept. Raises ConfigError when there is no such version or no reason, RunError when it may not be promoted: the gate
+    refused it, it was compared with another champion, or its record was changed.
+    """
+    if force and not reason.strip():
+        raise ConfigError("--force passes over the gate: say why with --reason, which is kept with the promotion")
+    check_version(registry, version)
+    if force:
+        force_version(registry, version, reason, _sha256_of(registry, version))
+    else:
+        record = read_gate_record(registry, version)
+        if not record.passed:
+            raise RunError(
+                f"the gate refused version {version} of {registry.registered_model}: {record.report['reason']}. Train "
+                "a better one, or pass over the gate with --force and a --reason."
+            )
+        _promote_passed(registry, record, reason or record.report["reason"])
+    history = history_of(registry)
+    if history.champion == version:
+        tag_version(registry, version, {"promotion": told(history.entries[-1])})
+    return PromoteResult.of(registry, history)
+
+
+def rollback(registry: RegistryConfig, reason: str = "", to: str | None = None) -> PromoteResult:
+    """Make the previous champion champion again, or `to`, one before it. Raises RunError where there is none."""
+    entry = roll_back(registry, reason, to)
+    if entry.version is not None:
+        tag_version(registry, entry.version, {"promotion": told(entry)})
+    return PromoteResult.of(registry, history_of(registry))
+
+
+def _promote_passed(registry: RegistryConfig, record: GateRecord, reason: str) -> None:
+    if promote_version(registry, record.version, record.compared_with, reason, record.sha256):
+        return
+    compared = f"version {record.compared_with}" if record.compared_with else "none"
+    raise RunError(
+        f"version {record.version} of {registry.registered_model} passed the gate against another champion "
+        f"({compared}); now it is version {history_of(registry).champion}. {AGAIN}"
+    )
+
+
+def _sha256_of(registry: RegistryConfig, version: str) -> str | None:
+    """The hash of the report of a version; None, with a warning, where it is missing or contradicted."""
+    try:
+        return read_gate_record(registry, version).sha256
+    except RunError as error:
+        log.warning("%s It is promoted all the same.", error)
+        return None
