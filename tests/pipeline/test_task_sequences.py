@@ -38,7 +38,8 @@ def tasks(project: Path) -> list[str]:
         content["training"] |= {"steps": 3, "eval_every": 3}
         content["data"] |= {key: few_rows(content["data"][key], 24) for key in ("train", "valid")}
         content["data"]["retention"] = {"covered": few_rows("data/general/covered.jsonl", 20)}
-        content["retention"]["replay"]["files"] = few_rows("data/general/replay.jsonl", 40)
+        replay = {"files": few_rows("data/general/replay.jsonl", 40), "earlier_tasks": task != TASKS[0]}
+        content["retention"] = {"recipe": "none", "replay": replay}
         (project / f"{task}.yaml").write_text(yaml.safe_dump(content))
         paths.append(f"{task}.yaml")
     return paths
@@ -102,6 +103,17 @@ def test_a_sequence_is_a_chain_of_adapters_whose_scores_make_the_matrix(
     told = capsys.readouterr().err
     assert f"{NAMES[1]} was trained from an adapter with sha256 {'0' * 12}, and runs/{NAMES[0]}" in told
     assert "--force" in told
+    assert cli.main([*command, "--force", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["lineage"] == report["lineage"]
+    assert json.loads(evaluation.read_text())["adapters"]["parent"] == made[NAMES[0]]
+
+
+def test_an_adapter_to_compare_with_that_is_not_there_is_told_before_anything_is_trained(
+    tasks: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["continual", *tasks, "--joint", "nowhere"]) == 2
+    assert "'nowhere': no such folder" in capsys.readouterr().err
+    assert not Path("runs").exists()
 
 
 def test_any_model_is_scored_on_a_task_from_the_command_line(
