@@ -2,7 +2,7 @@
 
     python benchmarks/retention.py [--only one_task|sequence] [--methods NAME ...] [--seeds N] [--jobs N]
                                    [--work FOLDER] [--limit S] [--config FILE]
-                                   [--json FILE] [--page FILE] [--figure FILE] [--smoke]
+                                   [--json FILE] [--page FILE] [--figure FILE] [--smoke] [--of FILE ...]
 
 Worlds by seed: a tiny base model that knows 160 made-up people by heart, and new things to learn. One task (40 new
 people), 5 seeds: plain LoRA at five learning rates, every tier strategy, replay, KL to the parent, combinations, the
@@ -16,6 +16,7 @@ that its configuration names.
 """
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -46,13 +47,8 @@ def main() -> int:
     options = parse_options()
     # Before torch is imported: of two threads on so small a model the second only waits.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    options.work.mkdir(parents=True, exist_ok=True)
-    conditions, began = provenance(), time.perf_counter()
-    cells = cells_of(options)
-    run_all(cells, options.work, options.jobs, None if options.limit is None else time.time() + options.limit)
-    measured = measure(cells, options) | {"provenance": conditions | {"load_average_after": load_average()}}
-    measured["seconds"] = time.perf_counter() - began
-    tables, notes = tables_of(measured), notes_of(measured)
+    measured = joined([json.loads(path.read_text()) for path in options.of]) if options.of else run(options)
+    tables, notes = tables_of(measured), [note for part in measured["parts"] for note in notes_of(part)]
     show(tables, notes)
     if options.json:
         write_json(options.json, measured)
@@ -61,6 +57,28 @@ def main() -> int:
     if options.figure and measured["one_task"]:
         figure(measured["one_task"], options.figure)
     return 0 if options.smoke or all(bar["met"] for bar in measured["bars"]) else 1
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Run what is missing; returns everything that is told, as JSON."""
+    options.work.mkdir(parents=True, exist_ok=True)
+    conditions, began = provenance(), time.perf_counter()
+    cells = cells_of(options)
+    run_all(cells, options.work, options.jobs, None if options.limit is None else time.time() + options.limit)
+    measured, part = measure(cells, options)
+    part["provenance"] = conditions | {"load_average_after": load_average()}
+    part["seconds"] = time.perf_counter() - began
+    return measured | {"parts": [part]}
+
+
+def joined(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What parts say that were measured apart, as one; of what several have the last one's counts."""
+    keys = ("one_task", "sequence", "bars", "parts")
+    whole: dict[str, Any] = {key: [] for key in keys}
+    for part in measured:
+        whole |= {key: part[key] or whole[key] for key in ("one_task", "sequence")}
+        whole |= {key: [*whole[key], *part[key]] for key in ("bars", "parts")}
+    return whole | {"seeds": max(part["seeds"] for part in measured)}
 
 
 PAGE = """# What keeps knowledge, measured
@@ -99,6 +117,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, help="folder of the results so far; default: in the cache")
     parser.add_argument("--limit", type=float, metavar="S", help="begin no cell after so many seconds")
     parser.add_argument("--config", type=Path, metavar="FILE", help="learn the task of this run's configuration")
+    parser.add_argument(
+        "--of", type=Path, nargs="+", metavar="FILE", help="run nothing, show what --json of earlier runs wrote"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     parser.add_argument("--page", type=Path, metavar="FILE", help="write the tables here, as Markdown")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw learning against forgetting here")
@@ -187,8 +208,8 @@ def short(method: Any) -> Any:
 WITHOUT_STRENGTH = "'strength': None"
 
 
-def measure(cells: Sequence[Cell], options: argparse.Namespace) -> dict[str, Any]:
-    """Everything that is told, as JSON."""
+def measure(cells: Sequence[Cell], options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The figures, and what was run for them, as JSON."""
 
     @cache
     def mask(seed: int, replayed: str) -> Mapping[str, str]:
@@ -205,16 +226,14 @@ def measure(cells: Sequence[Cell], options: argparse.Namespace) -> dict[str, Any
     if not options.config:
         bars += one_task_bars(one_task) if options.only != "sequence" else []
         bars += sequence_bars(sequence) if options.only != "one_task" else []
-    return {
+    seeds = 1 if options.smoke else options.seeds
+    figures = {"seeds": seeds, "one_task": one_task, "sequence": sequence, "bars": [bar.as_dict() for bar in bars]}
+    return figures, {
         "smoke": options.smoke,
         "config": str(options.config) if options.config else None,
-        "seeds": 1 if options.smoke else options.seeds,
         "cells": len(cells),
         "cells_missing": len(cells) - len(found),
         "cell_cpu_s": sum(result["cell_cpu_s"] for _, result in found),
-        "one_task": one_task,
-        "sequence": sequence,
-        "bars": [bar.as_dict() for bar in bars],
     }
 
 
@@ -229,18 +248,18 @@ def tables_of(measured: Mapping[str, Any]) -> list[Table]:
     return [*tables, bars_table(bars)] if bars else tables
 
 
-def notes_of(measured: Mapping[str, Any]) -> list[str]:
-    """Where and with what it was measured."""
-    machine = measured["provenance"]
+def notes_of(part: Mapping[str, Any]) -> list[str]:
+    """Where and with what a part was measured."""
+    machine = part["provenance"]
     changed = ", with changes" if machine["changed_since_commit"] else ""
     notes = [
         f"`{machine['command']}`, commit {machine['commit']}{changed}; {machine['processor']}, {machine['cores']} "
         f"cores, one thread a process, torch {machine['torch']}, load average {machine['load_average'][0]} before, "
-        f"{machine['load_average_after'][0]} after; {measured['cell_cpu_s']:.0f} CPU s in {measured['cells']} cells.",
+        f"{machine['load_average_after'][0]} after; {part['cell_cpu_s']:.0f} CPU s in {part['cells']} cells.",
     ]
-    if measured["cells_missing"]:
-        notes.append(f"NOT COMPLETE: {measured['cells_missing']} of {measured['cells']} cells are missing.")
-    return [*notes, *(["A smoke run: its figures say nothing."] if measured["smoke"] else [])]
+    if part["cells_missing"]:
+        notes.append(f"NOT COMPLETE: {part['cells_missing']} of {part['cells']} cells are missing.")
+    return [*notes, *(["A smoke run: its figures say nothing."] if part["smoke"] else [])]
 
 
 if __name__ == "__main__":
