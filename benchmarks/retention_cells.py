@@ -26,7 +26,7 @@ from retention_world import World
 
 RUNS = ("retention_cell.py", "retention_runs.py", "retention_world.py")
 # Parts of the product that take no part in a cell.
-NOT_RUN = ("cli.py", "registry", "export", "drop_in.py", "cms.py")
+NOT_RUN = ("cli.py", "cli_parser.py", "registry", "export", "drop_in.py", "cms.py")
 
 
 @dataclass(frozen=True)

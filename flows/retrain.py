@@ -34,7 +34,8 @@ from prefect.exceptions import CancelledRun, PrefectException, TerminationSignal
 from prefect.runtime import flow_run
 from prefect.states import Cancelled, Crashed
 
-from nestune.cli import add_run_options, exit_code_of
+from nestune.cli import exit_code_of
+from nestune.cli_parser import add_run_options
 from nestune.config import RunConfig, load_config
 from nestune.errors import NestuneError, ServiceError, StoppedError
 from nestune.run_state import RunState, owned, recorded
