@@ -11,10 +11,13 @@ import functools
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import copy_context
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -25,14 +28,18 @@ set_defaults()
 
 import httpx
 from prefect import flow, get_run_logger, task
-from prefect.artifacts import create_markdown_artifact
+from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.client.schemas import State
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.exceptions import CancelledRun, PrefectException, TerminationSignal
+from prefect.flow_runs import pause_flow_run
+from prefect.input import RunInput
 from prefect.runtime import flow_run
+from prefect.settings import get_current_settings
 from prefect.states import Cancelled, Crashed
+from pydantic import Field
 
 from nestune.cli import exit_code_of
 from nestune.cli_parser import add_run_options
@@ -42,8 +49,12 @@ from nestune.run_state import RunState, owned, recorded
 from nestune.runs import RunPaths
 from nestune.stages.dead_runs import end_dead_runs
 from nestune.stages.finished import check_before_running
+from nestune.stages.status import read_status
 
 LEAVE_AFTER_S = 5.0
+TELL_EVERY_S = 2.0
+# Whoever is to approve a promotion may be away for two weeks.
+APPROVAL_S = 14 * 24 * 3600
 # A flow run that became Running later than a stage of it was noted is at work again; clocks are not that far apart.
 CLOCKS_DIFFER = timedelta(seconds=5)
 
@@ -124,7 +135,54 @@ def train(config: RunConfig, force: bool, resume: bool) -> dict[str, Any]:
     """Train the adapter, or go on with that. No retries: what failed once in training fails again."""
     from nestune.stages.train import train as stage
 
-    return stage(config, RunPaths.of(config.name), force=force, resume=resume).as_dict()
+    run = RunPaths.of(config.name)
+    with _progress_shown(run):
+        return stage(config, run, force=force, resume=resume).as_dict()
+
+
+@contextmanager
+def _progress_shown(run: RunPaths) -> Iterator[None]:
+    """Show in Prefect how far a training is, in an artifact that moves: what `nestune status` reads from its folder.
+
+    A thread reads and tells, so that training waits neither for the disk nor for the server; what the server misses
+    while it is down, the next time tells.
+    """
+    if not _has_server():
+        yield
+        return
+    ended = threading.Event()
+    # Where the artifact belongs, Prefect knows from the context of the task.
+    told = threading.Thread(target=copy_context().run, args=(_tell_progress, run, ended), daemon=True)
+    told.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        told.join(timeout=TELL_EVERY_S)
+
+
+def _tell_progress(run: RunPaths, ended: threading.Event) -> None:
+    artifact: UUID | None = None
+    last = False
+    while not last:
+        last = ended.wait(TELL_EVERY_S)
+        status = read_status(run)
+        if not (status.step and status.steps):
+            continue
+        progress, lines = 100 * status.step / status.steps, "\n".join(f"- {line}" for line in status.lines())
+        try:
+            if artifact is None:
+                artifact = create_progress_artifact(progress, key=_artifact_key(run), description=lines)
+            else:
+                update_progress_artifact(artifact, progress, description=lines)
+        except (PrefectException, httpx.HTTPError):
+            # The next one tells more.
+            continue
+
+
+def _artifact_key(run: RunPaths) -> str:
+    """The name of a run as Prefect's keys have it: small letters, digits, dashes."""
+    return "progress-" + re.sub("[^a-z0-9]+", "-", run.root.name.lower()).strip("-")
 
 
 @task(task_run_name="evaluate", cache_policy=NO_CACHE)
@@ -153,6 +211,34 @@ def register(config: RunConfig) -> dict[str, Any]:
     from nestune.stages.register import register as stage
 
     return stage(config, RunPaths.of(config.name)).as_dict()
+
+
+class Approval(RunInput):
+    """What a person says of a candidate that passed the gate: the form in which the flow run pauses."""
+
+    approve: bool = Field(False, description="make it champion")
+    reason: str = Field("", description="is kept with the version")
+
+
+def _ask(config: RunConfig, registered: dict[str, Any], summary: str) -> dict[str, Any]:
+    """Pause until a person has said in Prefect whether a version is promoted; the result of `register` after that."""
+    from nestune.registry.versions import tag_version
+    from nestune.stages.promote import promote
+
+    form = Approval.with_initial_data(description=summary)
+    said = pause_flow_run(wait_for_input=form, timeout=APPROVAL_S, key="approval")
+    word = "approved" if said.approve else "not approved"
+    reason = f"{word}{f': {said.reason}' if said.reason else ''}"
+    tag_version(config.registry, registered["version"], {"approval": reason})
+    if said.approve:
+        promote(config.registry, registered["version"], reason=reason)
+    get_run_logger().info("%s version %s was %s", registered["model"], registered["version"], reason)
+    return registered | {"promoted": said.approve, "waits": False, "reason": f"{registered['reason']}; {reason}"}
+
+
+def _has_server() -> bool:
+    """Whether a Prefect server is there to show a form, and not only for the time of the run."""
+    return bool(get_current_settings().api.url)
 
 
 def _unless_stopped(result: Any) -> Any:
@@ -190,6 +276,9 @@ def retrain(config: RunConfig, force: bool = False, resume: bool = False) -> Any
         except StoppedError as stopped:
             return Cancelled(message=str(stopped))
     summary = _summary(run, results["register"])
+    if results["register"]["waits"] and _has_server():
+        results["register"] = _ask(config, results["register"], summary)
+        summary = _summary(run, results["register"])
     create_markdown_artifact(summary, key="retrain-report", description=f"what became of {config.name}")
     get_run_logger().info("%(model)s version %(version)s, gate %(gate)s: %(reason)s", results["register"])
     return results
@@ -201,7 +290,8 @@ def _summary(run: RunPaths, registered: dict[str, Any]) -> str:
     scores = report["scores"]
     rows = [[name, *(_shown(scores[model][name]) for model in scores)] for name in scores["candidate"]]
     table = [["set", *scores], ["---"] * (len(scores) + 1), *rows]
-    verdict = "promoted to champion" if registered["promoted"] else f"not promoted (gate: {registered['gate']})"
+    waits = "waits for approval" if registered["waits"] else f"not promoted (gate: {registered['gate']})"
+    verdict = "promoted to champion" if registered["promoted"] else waits
     look = f"after `{registered['open_with']}`" if registered["open_with"] else "running"
     return "\n".join(
         [

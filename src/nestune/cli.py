@@ -6,10 +6,10 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from nestune.cli_parser import OF_A_RUN, OF_THE_REGISTRY, STAGES, make_parser
+from nestune.cli_parser import OF_A_RUN, OF_THE_REGISTRY, STAGES, TALKS, make_parser
 from nestune.errors import ConfigError, NestuneError, StoppedError
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ def _action(options: argparse.Namespace) -> Callable[[argparse.Namespace], None]
         return _of_a_run
     if options.command in OF_THE_REGISTRY:
         return _of_the_registry
+    if options.command in TALKS:
+        return _talk
     if options.command == "continual":
         return _continual
     if options.command == "evaluate" and (options.adapter or options.out or options.lm_eval):
@@ -124,6 +126,24 @@ def _evaluate_adapter(options: argparse.Namespace) -> None:
         overrides.append(f"evaluation.lm_eval={json.dumps(asked)}")
     config = load_config(options.config, overrides, options.name)
     _print(evaluate_adapter(config, RunPaths.of(config.name), options.adapter, options.out), options)
+
+
+def _talk(options: argparse.Namespace) -> None:
+    from nestune.config import load_config
+    from nestune.runs import RunPaths
+    from nestune.stages.talk import chat, generate, side_by_side
+
+    def tell(said: Mapping[str, str]) -> None:
+        print(json.dumps(said) if options.json else "\n".join(side_by_side(said)), flush=True)
+
+    config = load_config(options.config, options.set, options.name)
+    run = RunPaths.of(config.name)
+    if options.command == "generate":
+        _print(generate(config, run, options.prompts, options.adapter, options.max_tokens), options)
+        return
+    if sys.stdin.isatty():
+        print("/new begins anew, Ctrl-D ends", file=sys.stderr)
+    chat(config, run, sys.stdin, tell, options.adapter, options.max_tokens)
 
 
 def _continual(options: argparse.Namespace) -> None:

@@ -12,6 +12,8 @@ COMMANDS = {
     "run": "all of these, one after the other",
     "export": "write the adapter for PEFT, for mlx-lm, merged into the base, or as GGUF, and check what was written",
     "continual": "train tasks in sequence, each from the adapter before, and score every model on all of them",
+    "generate": "answer prompts, with the candidate of a run or any other models",
+    "chat": "talk to models side by side: the base, the parent and the candidate of a run",
     "versions": "list the versions of a registered model: what was kept, lineage, promotions",
     "compare": "compare two versions on every set that either was scored on",
     "promote": "make a version champion that the gate let pass",
@@ -22,6 +24,7 @@ COMMANDS = {
 STAGES = ("validate", "tiers", "train", "evaluate", "register")
 OF_A_RUN = ("status", "stop")
 OF_THE_REGISTRY = ("versions", "compare", "promote", "rollback")
+TALKS = ("generate", "chat")
 FORMATS = ("peft", "mlx", "merged", "gguf")
 
 
@@ -48,6 +51,8 @@ def make_parser() -> argparse.ArgumentParser:
             _add_evaluate_options(command)
         if name == "export":
             _add_export_options(command)
+        if name in TALKS:
+            _add_talk_options(command, name)
         command.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
 
@@ -99,6 +104,28 @@ def _add_evaluate_options(parser: argparse.ArgumentParser) -> None:
         help="with --adapter: also score it on a task of lm-evaluation-harness; repeatable",
     )
     parser.add_argument("--lm-eval-path", metavar="FOLDER", help="where task files of one's own are")
+
+
+def _add_talk_options(parser: argparse.ArgumentParser, command: str) -> None:
+    if command == "generate":
+        parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="what is asked")
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="ADAPTER",
+        help="who answers: base, parent, candidate, a folder, or models:/<name>@<alias>; repeatable",
+    )
+    parser.add_argument(
+        "--max-tokens", type=_positive, metavar="N", help="tokens of an answer; default evaluation.max_answer_tokens"
+    )
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return number
 
 
 def _add_export_options(parser: argparse.ArgumentParser) -> None:

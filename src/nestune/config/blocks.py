@@ -203,6 +203,12 @@ class RegistryConfig(Strict):
         description="registered model that candidates become versions of; none: the run's name",
     )
 
+    promote: Literal["auto", "approve"] = Field(
+        "auto",
+        description="auto: a candidate that the gate lets pass becomes champion; approve: it waits for a person's "
+        "word, by nestune promote or in the form with which a flow run pauses on a Prefect server",
+    )
+
     @field_validator("tracking_uri")
     @classmethod
     def _no_password(cls, uri: str | None) -> str | None:

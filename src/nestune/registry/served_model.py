@@ -42,20 +42,10 @@ class ServedAdapter(PythonModel):  # type: ignore[misc]
         self._backend.show_adapter(Path(adapter))
 
     def predict(self, context: Any, model_input: list[str]) -> list[str]:
-        """The greedy answer to each prompt.
+        """The greedy answer to each prompt, whatever else is asked."""
+        from nestune.evaluation.answers import answer
 
-        Prompts are answered one by one, so that an answer does not depend on what else is asked.
-        """
-        return [self._answer(prompt) for prompt in model_input]
-
-    def _answer(self, prompt: str) -> str:
-        tokenizer = self._tokenizer
-        if tokenizer.chat_template:
-            asked = [{"role": "user", "content": prompt}]
-            prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-        tokens = tokenizer(prompt, add_special_tokens=not tokenizer.chat_template).input_ids
-        written = self._backend.generate([tokens], self._max_new_tokens)[0]
-        return str(tokenizer.decode(written, skip_special_tokens=True)).strip()
+        return [answer(self._backend, self._tokenizer, prompt, self._max_new_tokens) for prompt in model_input]
 
 
 def _find_base(settings: Any) -> Any:

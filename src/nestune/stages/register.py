@@ -25,7 +25,8 @@ from nestune.stages.evaluate import EVALUATE_AGAIN, check_seal
 class RegisterResult:
     """The version that was made and what became of it.
 
-    `gate` is `passed`, `refused`, or `outdated`: another version became champion since the gate compared.
+    `gate` is `passed`, `refused`, or `outdated`: another version became champion since the gate compared. `waits`: it
+    passed, and is promoted when a person says so.
     `page` shows the MLflow run, once `open_with` (None: a server is running) has been started.
     """
 
@@ -39,6 +40,7 @@ class RegisterResult:
     run_id: str
     page: str
     open_with: str | None
+    waits: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """The result as JSON."""
@@ -50,6 +52,7 @@ class RegisterResult:
         return [
             f"{self.model} version {self.version}, {' and '.join(self.aliases) or 'without an alias'}",
             f"gate {self.gate}: {self.reason}",
+            *([f"it waits for approval: nestune promote {self.version} --model {self.model}"] if self.waits else []),
             f"page: {self.page}{look}",
         ]
 
@@ -76,10 +79,13 @@ def register(config: RunConfig, run: RunPaths) -> RegisterResult:
     version = register_version(config, tracked.run_id, candidate, tags, files)
 
     gate, reason = "passed" if report["passed"] else "refused", report["reason"]
-    promoted = gate == "passed" and promote_version(
-        config.registry, version, report["champion_version"], reason, tags[REPORT_SHA256]
+    waits = gate == "passed" and config.registry.promote == "approve"
+    promoted = (
+        gate == "passed"
+        and not waits
+        and promote_version(config.registry, version, report["champion_version"], reason, tags[REPORT_SHA256])
     )
-    if gate == "passed" and not promoted:
+    if gate == "passed" and not (promoted or waits):
         compared = f"version {report['champion_version']}" if report["champion_version"] else "none"
         gate, reason = "outdated", f"the champion is no longer the one compared with ({compared}). {EVALUATE_AGAIN}"
     outcome = {GATE: gate, "gate_reason": reason}
@@ -97,6 +103,7 @@ def register(config: RunConfig, run: RunPaths) -> RegisterResult:
         run_id=tracked.run_id,
         page=tracked.page(),
         open_with=tracked.open_with(),
+        waits=waits,
     )
     write_json(run.registration, result.as_dict())
     record_stage(run, "register", [candidate, run.evaluation], [run.registration])

@@ -14,6 +14,7 @@ from nestune.registry.promotion import promote_version
 from nestune.registry.versions import champion
 from nestune.runs import RunPaths
 from nestune.stages.evaluate import seal
+from nestune.stages.promote import promote
 from nestune.stages.register import register
 from nestune.tiers.tier_map import TierMap, write_tier_map
 
@@ -49,6 +50,20 @@ def test_a_candidate_that_forgot_is_registered_and_marked_but_the_champion_stays
     assert str(version.version) == second.version
     assert version.tags["gate"] == "refused"
     assert version.tags["gate_reason"] == "forgot: old -0.50"
+
+
+def test_a_candidate_that_passed_waits_where_a_person_is_to_approve_it(
+    config: RunConfig, evaluated_run: EvaluatedRun
+) -> None:
+    approving = config.model_copy(update={"registry": config.registry.model_copy(update={"promote": "approve"})})
+    result = register(approving, evaluated_run(passed=True))
+    assert (result.promoted, result.gate, result.waits, result.aliases) == (False, "passed", True, ("candidate",))
+    assert "it waits for approval: nestune promote 1 --model nestune" in result.summary()
+    assert champion_version(config) is None
+    assert promote(config.registry, result.version, reason="read and approved").entry.reason == "read and approved"
+    assert champion_version(config) == result.version
+    forgot = register(approving, evaluated_run(passed=False, champion_version=result.version))
+    assert (forgot.gate, forgot.waits) == ("refused", False)
 
 
 def test_a_candidate_whose_champion_changed_meanwhile_is_not_promoted_but_told_to_evaluate_again(
