@@ -1,6 +1,6 @@
 """Prefect flow: from JSONL to a registered adapter, a task for each stage.
 
-    python flows/retrain.py --config configs/demo_nestune.yaml
+    python flows/retrain.py --config configs/demo_nestune.yaml [--serve]
 
 No Prefect server is needed: without one, Prefect starts its own for the time of the run.
 """
@@ -356,11 +356,30 @@ class _OneLineOfAFailure(logging.Filter):
         return True
 
 
+def serve(config: RunConfig) -> None:
+    """Serve the flow until the process is ended: on Prefect's pages it is started, with this configuration in the form.
+
+    One run at a time; a further one waits its turn. Raises ServiceError where there is no Prefect server.
+    """
+    if not _has_server():
+        raise ServiceError(
+            "there is no Prefect server to serve to. Start one, `make prefect`, and name it: "
+            "export PREFECT_API_URL=http://127.0.0.1:4200/api"
+        )
+    print(f"serving retrain/{config.name} to {get_current_settings().api.url}; Ctrl-C ends", file=sys.stderr)
+    retrain.serve(name=config.name, parameters={"config": config.model_dump(mode="json")}, limit=1)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the flow once; returns 0, 2 for wrong input, 1 for a failure, 3 when the run was stopped on request."""
     parser = argparse.ArgumentParser(description="From JSONL to a registered adapter, as a Prefect flow.")
     add_run_options(parser, trains=True)
+    parser.add_argument(
+        "--serve", action="store_true", help="do not run it: have it started, stopped and watched on Prefect's pages"
+    )
     options = parser.parse_args(arguments)
+    if options.serve:
+        return exit_code_of(lambda: serve(load_config(options.config, options.set, options.name)))
     behave_on_a_terminal()
     return exit_code_of(
         lambda: run_once(load_config(options.config, options.set, options.name), options.force, options.resume)

@@ -114,7 +114,7 @@ def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect]:
         until(lambda: _answers(here), "the server to answer", server)
         yield here
     finally:
-        _end(server)
+        end(server)
         here.api.close()
 
 
@@ -127,7 +127,7 @@ def served(prefect: Prefect) -> Iterator[Prefect]:
         until(lambda: prefect.api.get("/deployments/name/retrain/retrain").is_success, "the flow to be served", runner)
         yield prefect
     finally:
-        _end(runner)
+        end(runner)
 
 
 def configuration(name: str, **blocks: dict[str, Any]) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def _answers(prefect: Prefect) -> bool:
         return False
 
 
-def _end(process: "subprocess.Popen[bytes]") -> None:
+def end(process: "subprocess.Popen[bytes]") -> None:
     process.terminate()
     try:
         process.wait(timeout=45)
