@@ -126,7 +126,8 @@ class KlConfig(Strict):
         ge=0,
         lt=1,
         description="share of the steps that go by before the first that holds: a skill that contradicts an old one is "
-        "perhaps never learned while the model is held, and what is forgotten meanwhile comes back; 0: none",
+        "perhaps never learned while the model is held, and what is forgotten meanwhile comes back; only after twice "
+        "that share may a checkpoint be the best; 0: none",
     )
     every: PositiveInt = Field(4, description="steps between two that hold the model to its teacher")
     rows_per_step: Fraction | PositiveInt = Field(
@@ -140,7 +141,8 @@ class KlConfig(Strict):
 
     def free_steps(self, steps: int) -> int:
         """The last of so many steps before the model is held for the first time."""
-        return int(self.after * steps)
+        # The addition keeps 0.29 * 100, a little below 29 in floating point, from becoming 28.
+        return int(self.after * steps + 1e-9)
 
     def restored_step(self, steps: int) -> int:
         """The step of so many from which on a checkpoint may be the best: held for as long as it was free, or the last.

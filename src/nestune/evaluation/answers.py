@@ -23,7 +23,7 @@ def asked(prompt: str | Turns, tokenizer: Tokenizer) -> list[int]:
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template raises what it likes
-        raise ConfigError(f"the chat template of the base refuses these messages: {error:.200}") from None
+        raise ConfigError(f"the chat template of the base refuses these messages: {error!s:.200}") from None
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 

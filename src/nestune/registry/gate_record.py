@@ -15,10 +15,10 @@ from nestune.config import RegistryConfig
 from nestune.errors import RunError
 from nestune.files import read_json, sha256_file
 from nestune.registry.connection import connect, environment_defaults, speaking_to, tracking_uri
-from nestune.registry.versions import MODEL_SETTINGS, check_version
+from nestune.registry.versions import MODEL_SETTINGS, adapter_folder, check_version
 
 REPORT, REPORT_SHA256 = "report.json", "report_sha256"
-GATE = "gate"
+GATE, STEP = "gate", "step"
 AGAIN = "Evaluate and register it again, or promote it with --force and a --reason."
 
 
@@ -57,22 +57,26 @@ def read_gate_record(registry: RegistryConfig, version: str) -> GateRecord:
     """The record of a version.
 
     Raises ConfigError when there is no such version; RunError, with everything that does not agree, when the report is
-    not there or was changed, is of another adapter, or the tags or metrics in MLflow were.
+    not there or was changed, is of another adapter, or the adapter's weights, the tags or metrics in MLflow were.
     """
     check_version(registry, version)
+    adapter_folder(registry, version)
     client, uri, name = connect(registry), tracking_uri(registry), registry.registered_model
     with speaking_to(uri):
         found = client.get_model_version(name, version)
-        metrics = client.get_run(found.run_id).data.metrics
     with tempfile.TemporaryDirectory() as scratch:
         path = _download_report(client, name, version, Path(scratch))
         sha256 = sha256_file(path)
-        report = read_json(path, AGAIN, keys=["passed", "champion_version", "scores", "adapters", "reason"])
-    faults = _contradictions(report, sha256, found.tags, metrics)
+        report = read_json(path, AGAIN)
+    try:
+        faults = _contradictions(report, sha256, found.tags)
+        with speaking_to(uri):
+            faults += _edited_metrics(client, name, found, report)
+    except (KeyError, TypeError, AttributeError):
+        faults = [f"its report, with sha256 {sha256[:12]}, lacks what a report has"]
     if faults:
-        raise RunError(
-            "\n  ".join([f"version {version} of {name} is not as it was evaluated:", *faults]) + f"\n  {AGAIN}"
-        )
+        lines = [f"version {version} of {name} is not as it was evaluated:", *faults, AGAIN]
+        raise RunError("\n  ".join(lines))
     return GateRecord(version, report, sha256)
 
 
@@ -91,9 +95,7 @@ def _download_report(client: Any, name: str, version: str, into: Path) -> Path:
     return Path(found)
 
 
-def _contradictions(
-    report: Mapping[str, Any], sha256: str, tags: Mapping[str, str], metrics: Mapping[str, float]
-) -> list[str]:
+def _contradictions(report: Mapping[str, Any], sha256: str, tags: Mapping[str, str]) -> list[str]:
     faults = []
     if tags.get(REPORT_SHA256) != sha256:
         faults.append(f"its report has sha256 {sha256[:12]}, registered was {tags.get(REPORT_SHA256, 'none')[:12]}")
@@ -106,8 +108,31 @@ def _contradictions(
         faults.append(
             f"its tag {GATE} is {tags.get(GATE)!r}; by the report it {'passed' if report['passed'] else 'was refused'}"
         )
-    for key, value in metrics_of(report).items():
-        now = metrics.get(key)
-        if now is None or not (math.isclose(now, value, rel_tol=1e-9) or (math.isnan(now) and math.isnan(value))):
-            faults.append(f"its metric {key} is {now}, the report says {value}")
     return faults
+
+
+def _edited_metrics(client: Any, name: str, found: Any, report: Mapping[str, Any]) -> list[str]:
+    """Metrics of a version's run that are not what its report says.
+
+    A run that went on, or whose candidate was made otherwise, has several versions, the newest of which logged last at
+    its step; of an older one the value is still in the history.
+    """
+    of_run = client.search_model_versions(f"name='{name}' and run_id='{found.run_id}'")
+    is_newest = int(found.version) == max(int(version.version) for version in of_run)
+    steps = {int(version.tags[STEP]) for version in of_run if STEP in version.tags}
+    step, faults = int(report["candidate"]["step"]), []
+    for key, value in metrics_of(report).items():
+        # In the order in which they were logged.
+        logged = sorted(client.get_metric_history(found.run_id, key), key=lambda metric: metric.timestamp)
+        values = [metric.value for metric in logged if metric.step == step]
+        strange = [metric for metric in logged if metric.step not in steps]
+        if not any(_same(one, value) for one in (values[-1:] if is_newest else values)):
+            faults.append(f"its metric {key} is {values[-1] if values else None}, the report says {value}")
+        elif strange:
+            at = f"{strange[-1].value} at step {strange[-1].step}"
+            faults.append(f"its metric {key} is {at}, at which nothing was registered; the report says {value}")
+    return faults
+
+
+def _same(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=1e-9) or (math.isnan(one) and math.isnan(other))

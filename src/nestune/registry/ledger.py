@@ -8,12 +8,15 @@ parameter, and of all who want to write it one succeeds. The alias `champion` fo
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
+
+from nestune.errors import RunError
 
 ENTRY, APPLIED = "promotion.", "applied."
 # So long whoever made the experiment may take until its run is there.
 MAKING_S = 10.0
+REASON_CHARACTERS = 2000
 MODEL_TAG = "nestune.promotions_of"
 
 Action = Literal["promoted", "forced", "rolled back", "moved by hand"]
@@ -56,15 +59,19 @@ class Ledger:
         return entries, not entries or f"{APPLIED}{entries[-1].number}" in params
 
     def add(self, entry: Promotion) -> bool:
-        """Write an entry; False, and nothing written, where another one has its number."""
+        """Write an entry; False, and nothing written, where another one has its number.
+
+        A reason is cut at REASON_CHARACTERS, as MLflow would cut the whole, in silence.
+        """
         from mlflow.exceptions import MlflowException
 
-        run_id = self._run_id or self._find() or self._make()
+        run_id, key = self._run_id or self._find() or self._make(), f"{ENTRY}{entry.number}"
+        short = replace(entry, reason=entry.reason[:REASON_CHARACTERS])
         try:
-            self._client.log_param(run_id, f"{ENTRY}{entry.number}", json.dumps(asdict(entry)))
-        except MlflowException as error:
-            # One that is there with another value.
-            if error.error_code != "INVALID_PARAMETER_VALUE":
+            self._client.log_param(run_id, key, json.dumps(asdict(short), ensure_ascii=False))
+        except MlflowException:
+            # One that is there has another value.
+            if key not in self._client.get_run(run_id).data.params:
                 raise
             return False
         return True
@@ -79,12 +86,20 @@ class Ledger:
         return f"{self._model}: promotions"
 
     def _find(self) -> str | None:
+        from mlflow.entities import ViewType
+
         experiment = self._client.get_experiment_by_name(self._experiment)
         if experiment is None:
             return None
-        # Had two been made after all, everybody takes the same one.
-        runs = self._client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"])
-        self._run_id = min(run.info.run_id for run in runs) if runs else None
+        if experiment.lifecycle_stage == "deleted":
+            raise RunError(
+                f"the history of {self._model}, the experiment {self._experiment!r}, is deleted in MLflow. Restore it "
+                f"with mlflow experiments restore --experiment-id {experiment.experiment_id}."
+            )
+        # Had two been made after all, everybody takes the same one; a deleted one still tells.
+        runs = self._client.search_runs([experiment.experiment_id], run_view_type=ViewType.ALL)
+        if runs:
+            self._run_id = str(min((run.info.start_time, run.info.run_id) for run in runs)[1])
         return self._run_id
 
     def _make(self) -> str:
@@ -110,16 +125,19 @@ class Ledger:
         return found
 
 
-def champions(entries: Sequence[Promotion]) -> list[str]:
-    """The versions that a rollback goes back through: the last one is the champion, the one before it the previous.
+def told(entry: Promotion) -> str:
+    """An entry in one line, e.g. `forced by ada@lab at 2026-01-05T03:00:00+00:00: the set was wrong`."""
+    return f"{entry.action} by {entry.by} at {entry.at}{f': {entry.reason}' if entry.reason else ''}"
+
+
+def champions(entries: Sequence[Promotion]) -> list[str | None]:
+    """What a rollback goes back through: the last one is the champion, None where the alias was taken away.
 
     A promotion adds to them, a rollback takes off what came after the version that it went back to.
     """
-    line: list[str] = []
+    line: list[str | None] = []
     for entry in entries:
-        if entry.version is None:
-            line = []
-        elif entry.action == "rolled back" and entry.version in line:
+        if entry.action == "rolled back" and entry.version in line:
             line = line[: len(line) - line[::-1].index(entry.version)]
         elif line[-1:] != [entry.version]:
             line.append(entry.version)

@@ -1,6 +1,7 @@
 """Champion, its predecessors, and how one takes the place of another: promoting, rolling back, and their history."""
 
 import getpass
+import os
 import socket
 import time
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from nestune.config import RegistryConfig
 from nestune.errors import ConfigError, RunError
 from nestune.registry.connection import artifact_location, connect, speaking_to, tracking_uri
 from nestune.registry.ledger import Action, Ledger, Promotion, champions
-from nestune.registry.versions import CHAMPION, aliases_by_name
+from nestune.registry.versions import CHAMPION, aliases_by_name, version_numbers
 
 PREVIOUS = "previous"
 # Another process moves an alias right after its entry; one that stays elsewhere for so long was moved by hand.
@@ -22,19 +23,27 @@ ATTEMPTS = 5
 
 @dataclass(frozen=True)
 class History:
-    """Every promotion of a registered model, the earliest first, and the champions that rollbacks go back through."""
+    """Every promotion of a registered model, the earliest first; versions: those that have not been deleted."""
 
     entries: tuple[Promotion, ...]
-
-    @property
-    def line(self) -> list[str]:
-        """The versions that were champion and not rolled back; the last one is the champion now."""
-        return champions(self.entries)
+    versions: frozenset[str]
 
     @property
     def champion(self) -> str | None:
-        """The version that is champion."""
-        return self.line[-1] if self.line else None
+        """The version in use; None: there is none, or it has been deleted."""
+        line = champions(self.entries)
+        return line[-1] if line and line[-1] in self.versions else None
+
+    @property
+    def earlier(self) -> list[str]:
+        """The champions before, to which a rollback can go back, the latest last."""
+        line = champions(self.entries)[:-1]
+        return [version for version in line if version and version in self.versions and version != self.champion]
+
+    def undone(self, version: str) -> Promotion | None:
+        """The rollback that took a version away, where it has not been champion again since."""
+        last = next((entry for entry in self.entries[::-1] if version in (entry.version, entry.before)), None)
+        return last if last is not None and last.action == "rolled back" and last.before == version else None
 
 
 def promote_version(
@@ -81,18 +90,16 @@ def roll_back(registry: RegistryConfig, reason: str, to: str | None = None) -> P
     keeper, name = _Keeper(registry), registry.registered_model
     with keeper.speaking():
         history = keeper.settled()
-        earlier = history.line[:-1]
+        earlier = history.earlier
         if not earlier:
             first = f"version {history.champion} is the first" if history.champion else "there is no champion"
             raise RunError(f"{name} has no earlier champion to go back to: {first}. See nestune versions.")
         if to is not None and to not in earlier:
             raise ConfigError(
-                f"version {to} of {name} is none of the champions before version {history.champion}: "
+                f"version {to} of {name} is none of the champions before {history.champion or 'now'}: "
                 f"{', '.join(earlier)}. Name one of them, or promote it: nestune promote {to}."
             )
         target = to or earlier[-1]
-        if target not in keeper.versions():
-            raise RunError(f"version {target} of {name} has been deleted. Name another one with --to.")
         if not keeper.append(history, "rolled back", target, reason):
             now = keeper.settled().champion
             raise RunError(
@@ -120,26 +127,23 @@ class _Keeper:
         """A context in which what MLflow raises is a ServiceError."""
         return speaking_to(self._uri)
 
-    def versions(self) -> set[str]:
-        """The numbers of all versions."""
-        return {str(found.version) for found in self._client.search_model_versions(f"name='{self._name}'")}
-
     def settled(self) -> History:
         """The history, once the aliases are where it says, or it says where they were moved by hand."""
-        since = None
+        seen, since = None, 0.0
         while True:
             # In this order: aliases that are newer than the entries can be taken for nothing else.
             entries, applied = self._ledger.entries()
-            history = History(tuple(entries))
+            history = self._history(entries)
             if not applied:
                 self._apply()
                 continue
-            at = self._champion()
+            at = self._aliases().get(CHAMPION)
             if at == history.champion:
                 return history
-            since = since or time.monotonic()
+            if seen != (len(entries), at):
+                seen, since = (len(entries), at), time.monotonic()
             if not entries or time.monotonic() - since > BY_HAND_AFTER_S:
-                self.append(history, "moved by hand", at, "the alias was moved in MLflow")
+                self.append(history, "moved by hand", at, "the alias was moved in MLflow; named is who noticed")
             else:
                 time.sleep(0.2)
 
@@ -148,8 +152,8 @@ class _Keeper:
     ) -> bool:
         """Write the entry after these, and move the aliases; False when another process wrote one first."""
         number = len(history.entries) + 1
-        by, at = f"{getpass.getuser()}@{socket.gethostname()}", datetime.now(UTC).isoformat(timespec="seconds")
-        entry = Promotion(number, version, history.champion, action, by, at, reason, report_sha256)
+        at = datetime.now(UTC).isoformat(timespec="seconds")
+        entry = Promotion(number, version, history.champion, action, _user(), at, reason, report_sha256)
         if not self._ledger.add(entry):
             return False
         self._apply()
@@ -163,10 +167,9 @@ class _Keeper:
             if moved_for == len(entries):
                 self._ledger.set_applied(moved_for)
                 return
-            moved_for = len(entries)
-            line: Sequence[str | None] = [None, None, *champions(entries)]
-            self._point(CHAMPION, line[-1])
-            self._point(PREVIOUS, line[-2])
+            moved_for, history = len(entries), self._history(entries)
+            self._point(CHAMPION, history.champion)
+            self._point(PREVIOUS, history.earlier[-1] if history.earlier else None)
 
     def _point(self, alias: str, version: str | None) -> None:
         """Move an alias, or take it away; of two that set a new one at once, MLflow refuses one, which asks again."""
@@ -185,8 +188,17 @@ class _Keeper:
                     raise
                 time.sleep(0.1 * (attempt + 1))
 
-    def _champion(self) -> str | None:
-        return self._aliases().get(CHAMPION)
+    def _history(self, entries: Sequence[Promotion]) -> History:
+        return History(tuple(entries), frozenset(version_numbers(self._client, self._name)))
 
     def _aliases(self) -> dict[str, str]:
         return aliases_by_name(self._client, self._name)
+
+
+def _user() -> str:
+    """Who is at work here; a number where the system knows no name, as in a container."""
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):
+        name = str(os.getuid())
+    return f"{name}@{socket.gethostname()}"

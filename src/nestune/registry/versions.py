@@ -9,12 +9,15 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from nestune.backends.adapters import METADATA, WEIGHTS, adapter_files, misfits
 from nestune.base_model import BaseModel
 from nestune.config import RegistryConfig, RunConfig
+from nestune.config.faults import explain
 from nestune.errors import ConfigError, RunError
 from nestune.files import read_json, sha256_file
-from nestune.foreign_files import folder_at
+from nestune.foreign_files import folder_at, parse_json
 from nestune.registry.connection import connect, environment_defaults, speaking_to, unrepeated
 from nestune.registry.connection import tracking_uri as address
 
@@ -29,6 +32,9 @@ REQUIREMENTS = {
 REFERENCE = re.compile(r"models:/(?P<name>[^/@']+)(?P<which>@[^/@]+|/[0-9]+)")
 FORMS = "Name a folder, models:/<name>@<alias> or models:/<name>/<version>."
 TAG_CHARACTERS = 4000
+MOST_MODELS = 1000
+# The tag of a version with its scores.
+SCORES = "scores"
 # No progress bars for kilobytes, and no copy of the current folder's uv.lock in a version.
 MODEL_SETTINGS = {"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false", "MLFLOW_UV_AUTO_DETECT": "false"}
 
@@ -65,17 +71,22 @@ def register_version(
 
 @dataclass(frozen=True)
 class Version:
-    """A version: its number, the aliases that point at it, its tags, and the metrics of the run that made it."""
+    """A version: its number, the aliases that point at it, and its tags; created in milliseconds since 1970."""
 
     number: str
     aliases: tuple[str, ...]
     created: int
     tags: dict[str, str]
-    metrics: dict[str, float]
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Set -> what its candidate scored on it, as it was registered."""
+        told = parse_json(self.tags.get(SCORES, "{}").encode())
+        return {str(name): float(value) for name, value in told.items()} if isinstance(told, dict) else {}
 
 
 def list_versions(registry: RegistryConfig) -> list[Version]:
-    """Every version of the registered model, the oldest first; created in milliseconds since 1970."""
+    """Every version of the registered model, the oldest first."""
     client, name = connect(registry), registry.registered_model
     with speaking_to(address(registry)):
         aliases = aliases_by_name(client, name)
@@ -85,10 +96,14 @@ def list_versions(registry: RegistryConfig) -> list[Version]:
                 aliases=tuple(sorted(alias for alias, at in aliases.items() if at == str(found.version))),
                 created=int(found.creation_timestamp),
                 tags=dict(found.tags),
-                metrics=dict(client.get_run(found.run_id).data.metrics) if found.run_id else {},
             )
             for found in sorted(_versions(client, name), key=lambda version: int(version.version))
         ]
+
+
+def adapter_folder(registry: RegistryConfig, version: str) -> Path:
+    """The adapter's folder of a version, on this disk; raises RunError when its weights are not as registered."""
+    return _fetch(connect(registry), address(registry), registry.registered_model, version)
 
 
 def named_registry(model: str | None, tracking_uri: str | None) -> RegistryConfig:
@@ -96,17 +111,23 @@ def named_registry(model: str | None, tracking_uri: str | None) -> RegistryConfi
 
     Raises ConfigError, with the names that there are, when there is no such model, or several and none is named.
     """
-    given = {"registered_model": model} if model is not None else {}
-    registry = RegistryConfig(tracking_uri=tracking_uri, **given)
+    registry = _registry({"tracking_uri": tracking_uri} | ({"registered_model": model} if model is not None else {}))
     client, uri = connect(registry), address(registry)
     with speaking_to(uri):
-        known = sorted(found.name for found in client.search_registered_models())
+        known = sorted(found.name for found in client.search_registered_models(max_results=MOST_MODELS))
+        if model is not None and (model in known or aliases_by_name(client, model) or version_numbers(client, model)):
+            return registry
     if model is None and len(known) == 1:
-        return RegistryConfig(tracking_uri=tracking_uri, registered_model=known[0])
-    if model not in known:
-        asked = f"there is no model {model} in" if model is not None else "--model is not given, for"
-        raise ConfigError(f"{asked} MLflow at {uri}; it has {', '.join(known) or 'none'}.")
-    return registry
+        return _registry({"tracking_uri": tracking_uri, "registered_model": known[0]})
+    asked = f"there is no model {model} in" if model is not None else "--model is not given, for"
+    raise ConfigError(f"{asked} MLflow at {uri}; it has {', '.join(known) or 'none'}.")
+
+
+def _registry(given: Mapping[str, str | None]) -> RegistryConfig:
+    try:
+        return RegistryConfig.model_validate(given)
+    except ValidationError as error:
+        raise ConfigError("\n".join(explain(error, RegistryConfig))) from None
 
 
 def check_version(registry: RegistryConfig, version: str) -> None:
@@ -221,7 +242,11 @@ def _put_files(client: Any, version: Any, files: Mapping[str, bytes]) -> None:
     experiment_id = client.get_run(version.run_id).info.experiment_id
     # A version does not tell its logged model, but has its place.
     logged = client.search_logged_models([experiment_id], filter_string=f"source_run_id = '{version.run_id}'")
-    model_id = next(model.model_id for model in logged if model.artifact_location == version.source)
+    model_id = next((model.model_id for model in logged if model.artifact_location == version.source), None)
+    if model_id is None:
+        raise RunError(
+            f"the logged model of version {version.version} is no longer in MLflow. Train anew, under another --name."
+        )
     with tempfile.TemporaryDirectory() as folder:
         for name, content in files.items():
             Path(folder, name).write_bytes(content)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from nestune.backends.adapters import weights_file
+from nestune.backends.adapters import misfits, weights_file
 from nestune.backends.base import Backend
 from nestune.backends.factory import make_backend
 from nestune.base_model import BaseModel, resolve_base
@@ -92,7 +92,7 @@ def continual(
     sequence, between two stages, or the run under way is asked to stop.
     """
     base = _common_base(configs, name)
-    upper = resolve_adapter(joint, configs[-1].registry) if joint else None
+    upper = _to_compare_with(joint, configs[-1], base) if joint else None
     sequence = RunPaths.of(name)
     command = f"nestune continual --name {name}"
     with owned(sequence, command), recorded(sequence, "continual"):
@@ -107,6 +107,16 @@ def continual(
         write_bytes(sequence.root / "continual.png", image)
         write_text(sequence.root / "continual.html", render_page(report, image))
     return ContinualResult(report, sequence.root / "continual.html")
+
+
+def _to_compare_with(joint: str, config: RunConfig, base: BaseModel) -> Path:
+    folder = resolve_adapter(joint, config.registry)
+    faults = misfits(folder, base)
+    if faults:
+        raise ConfigError(
+            f"--joint {joint} cannot be compared with: {'; '.join(faults)}. Name an adapter of this base."
+        )
+    return folder
 
 
 def _common_base(configs: Sequence[RunConfig], name: str) -> BaseModel:

@@ -52,6 +52,11 @@ class TrainingInputs:
         shaping = [name for name in sets if name != "test" and not name.startswith("retention/")]
         return sha256_files(folder, [folder / f"{name}.jsonl" for name in shaping])
 
+    @property
+    def parent_sha256(self) -> str | None:
+        """SHA-256 of the parent's weights; None: there is none."""
+        return sha256_file(weights_file(self.parent)) if self.parent else None
+
     def importance_depends_on(self) -> dict[str, Any]:
         """All that the importances of this training depend on, by name, as JSON has it: on any backend the same.
 
@@ -66,7 +71,7 @@ class TrainingInputs:
             "data (dataset)": self.dataset.sha256,
             "model.base": self.base.sha256,
             "model.base (tokenizer)": sha256_files(self.base.folder, tokenizer_files(self.base.folder)),
-            "model.adapter": sha256_file(weights_file(self.parent)) if self.parent else None,
+            "model.adapter": self.parent_sha256,
             "lora": self.config.lora.model_dump(mode="json"),
             "model.dtype": self.config.model.dtype,
             "data.max_seq_length": self.base.row_limit(self.config.data.max_seq_length),

@@ -7,7 +7,7 @@ from typing import Any
 from nestune.config import RegistryConfig
 from nestune.errors import ConfigError, RunError
 from nestune.registry.gate_record import AGAIN, GateRecord, read_gate_record
-from nestune.registry.ledger import Promotion
+from nestune.registry.ledger import REASON_CHARACTERS, Promotion, told
 from nestune.registry.promotion import History, force_version, history_of, promote_version, roll_back
 from nestune.registry.versions import check_version, tag_version
 
@@ -19,15 +19,15 @@ class PromoteResult:
     """The champion of a registered model now, the one that a rollback goes back to, and the entry that made it so."""
 
     model: str
-    champion: str
+    champion: str | None
     previous: str | None
     entry: Promotion
 
     @classmethod
     def of(cls, registry: RegistryConfig, history: History) -> "PromoteResult":
         """What a history ends with, where there is a champion."""
-        line = history.line
-        return cls(registry.registered_model, line[-1], line[-2] if line[1:] else None, history.entries[-1])
+        earlier = history.earlier
+        return cls(registry.registered_model, history.champion, earlier[-1] if earlier else None, history.entries[-1])
 
     def as_dict(self) -> dict[str, Any]:
         """The result as JSON."""
@@ -37,13 +37,8 @@ class PromoteResult:
         """The result for a person."""
         return [
             f"{self.model} version {self.champion} is champion: {told(self.entry)}",
-            f"previous: version {self.previous}" if self.previous else "there was no champion before",
+            f"previous: version {self.previous}" if self.previous else "there is no earlier one to go back to",
         ]
-
-
-def told(entry: Promotion) -> str:
-    """An entry in one line, e.g. `forced by ada@lab at 2026-01-05T03:00:00+00:00: the set was wrong`."""
-    return f"{entry.action} by {entry.by} at {entry.at}{f': {entry.reason}' if entry.reason else ''}"
 
 
 def promote(registry: RegistryConfig, version: str, force: bool = False, reason: str = "") -> PromoteResult:
@@ -55,6 +50,7 @@ def promote(registry: RegistryConfig, version: str, force: bool = False, reason:
     """
     if force and not reason.strip():
         raise ConfigError("--force passes over the gate: say why with --reason, which is kept with the promotion")
+    _check_reason(reason)
     check_version(registry, version)
     if force:
         force_version(registry, version, reason, _sha256_of(registry, version))
@@ -74,10 +70,16 @@ def promote(registry: RegistryConfig, version: str, force: bool = False, reason:
 
 def rollback(registry: RegistryConfig, reason: str = "", to: str | None = None) -> PromoteResult:
     """Make the previous champion champion again, or `to`, one before it. Raises RunError where there is none."""
+    _check_reason(reason)
     entry = roll_back(registry, reason, to)
     if entry.version is not None:
         tag_version(registry, entry.version, {"promotion": told(entry)})
     return PromoteResult.of(registry, history_of(registry))
+
+
+def _check_reason(reason: str) -> None:
+    if len(reason) > REASON_CHARACTERS:
+        raise ConfigError(f"the reason has {len(reason)} characters; {REASON_CHARACTERS} are kept at most. Shorten it.")
 
 
 def _promote_passed(registry: RegistryConfig, record: GateRecord, reason: str) -> None:

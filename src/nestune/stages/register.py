@@ -1,5 +1,6 @@
 """Stage register: the adapter becomes a version, with its lineage; champion, if the gate let it pass."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,11 +12,12 @@ from nestune.data.lineage import earlier_tasks
 from nestune.files import read_json, sha256_file, write_json, write_text
 from nestune.foreign_files import folder_at
 from nestune.registry.catching_up import resume_tracking
-from nestune.registry.gate_record import GATE, REPORT, REPORT_SHA256, metrics_of
+from nestune.registry.gate_record import GATE, REPORT, REPORT_SHA256, STEP, metrics_of
+from nestune.registry.ledger import told
 from nestune.registry.mlflow_run import MlflowRun
 from nestune.registry.model_card import CARD, model_card
-from nestune.registry.promotion import promote_version
-from nestune.registry.versions import aliases_of, register_version, tag_version
+from nestune.registry.promotion import history_of, promote_version
+from nestune.registry.versions import CHAMPION, SCORES, aliases_of, register_version, tag_version
 from nestune.runs import RunPaths, record_stage
 from nestune.stages.assign import importance_behind
 from nestune.stages.evaluate import EVALUATE_AGAIN, check_seal
@@ -75,11 +77,18 @@ def register(config: RunConfig, run: RunPaths) -> RegisterResult:
     path = run.evaluation / REPORT
     card = model_card(report, tags, folder_at(lineage["base"]), config.registry.registered_model)
     files = {REPORT: path.read_bytes(), CARD: card.encode("utf-8")}
-    tags[REPORT_SHA256] = sha256_file(path)
+    tags |= {REPORT_SHA256: sha256_file(path), SCORES: json.dumps(_scores(report))}
+    tags[STEP] = str(report["candidate"]["step"])
     version = register_version(config, tracked.run_id, candidate, tags, files)
 
     gate, reason = "passed" if report["passed"] else "refused", report["reason"]
-    waits = gate == "passed" and config.registry.promote == "approve"
+    aliases = aliases_of(config.registry, version)
+    undone = history_of(config.registry).undone(version)
+    waits = (
+        gate == "passed" and CHAMPION not in aliases and (config.registry.promote == "approve" or undone is not None)
+    )
+    if undone is not None:
+        reason += f"; {told(undone)}"
     promoted = (
         gate == "passed"
         and not waits
@@ -108,6 +117,14 @@ def register(config: RunConfig, run: RunPaths) -> RegisterResult:
     write_json(run.registration, result.as_dict())
     record_stage(run, "register", [candidate, run.evaluation], [run.registration])
     return result
+
+
+def _scores(report: Mapping[str, Any]) -> dict[str, float]:
+    """What the candidate scored: exact match, or the loss where a set has no answers."""
+    return {
+        name: score["loss"] if score["exact_match"] is None else score["exact_match"]
+        for name, score in report["scores"]["candidate"].items()
+    }
 
 
 def _lineage(run: RunPaths, candidate: Path, report: Mapping[str, Any]) -> dict[str, str]:

@@ -131,7 +131,9 @@ def read_status(run: RunPaths) -> RunStatus:
     steps = _lines(run.metrics / TRAIN_METRICS, TAIL_BYTES)
     if not steps:
         return RunStatus(run.root.name, state, steps=_steps(run))
-    valid = [line["valid_loss"] for line in _lines(run.metrics / EVAL_METRICS)]
+    validations = _lines(run.metrics / EVAL_METRICS)
+    valid = [line["valid_loss"] for line in validations]
+    best = [line["valid_loss"] for line in validations if line["best"]]
     last, total = steps[-1], _steps(run)
     recent = [line["step_time_s"] for line in steps[-RECENT:]]
     trains = state.state == "running" and state.stage == "train" and total is not None
@@ -142,7 +144,7 @@ def read_status(run: RunPaths) -> RunStatus:
         steps=total,
         loss=last["loss"],
         valid_loss=valid[-1] if valid else None,
-        best_valid_loss=min(valid) if valid else None,
+        best_valid_loss=best[-1] if best else None,
         update_counts=tuple(last["update_counts"]),
         tokens_per_s=statistics.median(line["tokens_per_s"] for line in steps[-RECENT:]),
         candidate=_candidate(run),

@@ -114,10 +114,19 @@ def train(config: RunConfig, run: RunPaths, force: bool = False, resume: bool = 
         if not force:
             raise _other_data(checkpoint, inputs)
         checkpoint = None
+    ended = checkpoint is not None and has_ended(checkpoint, config)
+    if (
+        checkpoint is not None
+        and _has_other_parent(checkpoint, inputs)
+        and (not ended or candidate_faults(config, run))
+    ):
+        if not force:
+            raise _other_parent(checkpoint, inputs)
+        checkpoint, ended = None, False
     best = BestLoss.of(config)
     if checkpoint is not None:
         best.restore(checkpoint.metadata)
-    trains_on, ended = "", checkpoint is not None and has_ended(checkpoint, config)
+    trains_on = ""
     if checkpoint is not None and ended:
         # What was killed after its last checkpoint still lacks what comes after that.
         send_what_is_missing(config, run)
@@ -182,7 +191,13 @@ def _train(
             if checkpoint is not None:
                 bar.say(f"going on after step {checkpoint.step}, from {checkpoint.folder}")
             checkpoints = Checkpoints(
-                run.checkpoints, backend, inputs.base, config, inputs.data_sha256, before_save=recorder.sync
+                run.checkpoints,
+                backend,
+                inputs.base,
+                config,
+                inputs.data_sha256,
+                before_save=recorder.sync,
+                parent_sha256=inputs.parent_sha256,
             )
             steps = inputs.steps(after=state.steps)
             try:
@@ -209,8 +224,9 @@ def _what_keeps(inputs: TrainingInputs) -> list[str]:
     told = []
     if kl is not None and kl.weight:
         what = f"{len(inputs.texts)} texts of its own" if inputs.texts else "replayed rows"
-        free = kl.free_steps(inputs.config.training.steps)
-        after = f" after step {free}" if free else ""
+        steps_of_all = inputs.config.training.steps
+        free = kl.free_steps(steps_of_all)
+        after = f" after step {free}; validations count from step {kl.restored_step(steps_of_all)} on" if free else ""
         told.append(f"held to the {kl.teacher} on {what}: {rows(kl.rows_per_step)} in {steps(kl.every)}{after}")
     if inputs.dataset.replay:
         replayed = sum(map(len, inputs.dataset.replay))
@@ -231,6 +247,21 @@ def _end_earlier_tracking(run: RunPaths) -> None:
         log.warning("%s That an earlier training of %s has ended it will hear later.", error, run.root)
         with suppress(RunError):
             keep_untold(run, read_note(run.tracking))
+
+
+def _has_other_parent(checkpoint: Checkpoint, inputs: TrainingInputs) -> bool:
+    # Checkpoints of earlier versions do not tell.
+    then = checkpoint.metadata.get("parent_sha256", inputs.parent_sha256)
+    return bool(then != inputs.parent_sha256)
+
+
+def _other_parent(checkpoint: Checkpoint, inputs: TrainingInputs) -> RunError:
+    then, now = (str(sha256)[:12] for sha256 in (checkpoint.metadata["parent_sha256"], inputs.parent_sha256))
+    return RunError(
+        f"{checkpoint.folder} was trained upon a parent adapter with sha256 {then}; model.adapter "
+        f"{inputs.config.model.adapter} is now one with {now}. Name that which it was trained upon, as a folder or "
+        "models:/<name>/<version>, or pass --force to train anew."
+    )
 
 
 def _other_data(checkpoint: Checkpoint, inputs: TrainingInputs) -> RunError:

@@ -1,14 +1,14 @@
 """`nestune versions` and `nestune compare`: the chain of versions with what was kept along it, and two of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from nestune.config import RegistryConfig
 from nestune.registry.gate_record import GateRecord, metrics_of, read_gate_record
+from nestune.registry.ledger import Promotion, told
 from nestune.registry.promotion import history_of
 from nestune.registry.versions import Version, list_versions
-from nestune.stages.promote import told
 
 CANDIDATE = "evaluation/candidate/"
 SHORT_HASH = 8
@@ -20,7 +20,7 @@ class VersionsResult:
 
     model: str
     versions: tuple[Version, ...]
-    promotions: tuple[Any, ...]
+    promotions: tuple[Promotion, ...]
 
     def as_dict(self) -> dict[str, Any]:
         """The result as JSON."""
@@ -34,16 +34,16 @@ class VersionsResult:
         """The result for a person: a row a version, then a line a promotion."""
         if not self.versions:
             return [f"{self.model} has no version"]
-        sets = list(dict.fromkeys(name for version in self.versions for name in _scores(version.metrics)))
+        sets = list(dict.fromkeys(name for version in self.versions for name in version.scores))
         rows = [["version", "aliases", "run", "parent", "gate", *sets, "data", "commit"]]
         for version in self.versions:
-            scores, tags = _scores(version.metrics), version.tags
+            scores, tags = version.scores, version.tags
             rows.append(
                 [
                     version.number,
                     ", ".join(version.aliases),
                     tags.get("run", ""),
-                    tags.get("parent", "").rpartition("/")[2].replace("none", ""),
+                    _parent(tags.get("parent", "none")),
                     tags.get("gate", ""),
                     *(f"{scores[name]:.3f}" if name in scores else "" for name in sets),
                     tags.get("dataset_sha256", "")[:SHORT_HASH],
@@ -51,7 +51,7 @@ class VersionsResult:
                 ]
             )
         lines = [*_aligned(rows), "", "exact match where a set has answers, else nats per token; promotions:"]
-        return [*lines, *(f"{entry.number}: version {entry.version} {told(entry)}" for entry in self.promotions)]
+        return [*lines, *(f"{entry.number}: {_what(entry)} {told(entry)}" for entry in self.promotions)]
 
 
 @dataclass(frozen=True)
@@ -120,15 +120,16 @@ def _figures(record: GateRecord) -> dict[str, float]:
     }
 
 
-def _scores(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Set -> what it is judged by, from the metrics of a version's run."""
-    scores: dict[str, float] = {}
-    for key, value in metrics.items():
-        if key.startswith(CANDIDATE):
-            name, _, measure = key.removeprefix(CANDIDATE).rpartition("/")
-            if measure != "loss" or name not in scores:
-                scores[name] = value
-    return scores
+def _what(entry: Promotion) -> str:
+    return f"version {entry.version}" if entry.version else "no champion,"
+
+
+def _parent(reference: str) -> str:
+    """The version that was trained upon, or the folder of its run."""
+    if reference == "none":
+        return ""
+    named = reference.removesuffix("/candidate")
+    return named.rpartition("/")[2]
 
 
 def _shown(value: float | None) -> str:

@@ -58,8 +58,8 @@ class Checkpoint:
 class Checkpoints:
     """Writes checkpoints of a backend below one folder: adapter, training state, and where they come from.
 
-    data_sha256: hash of the rows that are trained on, replayed and validated with. before_save: called before each
-    one, as what a checkpoint builds upon must be on the disk before it.
+    data_sha256: hash of the rows that are trained on, replayed and validated with; parent_sha256: of the weights of the
+    parent adapter. before_save: called before each one, as what a checkpoint builds upon must be on the disk before it.
     """
 
     def __init__(
@@ -70,6 +70,7 @@ class Checkpoints:
         config: RunConfig,
         data_sha256: str,
         before_save: Callable[[], None] = lambda: None,
+        parent_sha256: str | None = None,
     ) -> None:
         self._folder = folder
         self._backend = backend
@@ -77,6 +78,7 @@ class Checkpoints:
         self._config = config
         self._data_sha256 = data_sha256
         self._before_save = before_save
+        self._parent_sha256 = parent_sha256
 
     def save(self, name: str, best: BestLoss, on_the_way: bool = False) -> None:
         """Write the checkpoint `name`, in place of an earlier one; on_the_way: it goes when training has ended."""
@@ -94,6 +96,7 @@ class Checkpoints:
                     "sha256": self._base.sha256,
                 },
                 "data_sha256": self._data_sha256,
+                "parent_sha256": self._parent_sha256,
                 "tier_statistics": {
                     "update_every": list(self._config.tiers.periods),
                     "update_counts": list(state.updates),

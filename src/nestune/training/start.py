@@ -1,9 +1,10 @@
 """Where training begins: anew, or at a checkpoint of the same configuration."""
 
+import math
 from collections.abc import Set
 from typing import Any
 
-from nestune.config import RunConfig
+from nestune.config import KlConfig, RunConfig
 from nestune.errors import ConfigError, RunError
 from nestune.runs import RunPaths
 from nestune.training.best_loss import BestLoss
@@ -16,6 +17,8 @@ SHAPES_TRAINING = ("model", "lora", "data", "tiers", "retention", "training")
 NO_PART_OF_TRAINING = frozenset(
     {"data.retention", "data.test", "retention.recipe", "retention.strength", "lora.max_rank", "training.when_busy"}
 )
+# Where it begins to hold, a share of all steps, is to stay at its step.
+KL = "retention.kl"
 MAY_CHANGE_ON_THE_WAY = frozenset(
     {"model.backend"}
     | {f"training.{key}" for key in ("steps", "eval_every", "checkpoint_every", "keep_last", "gradient_checkpointing")}
@@ -88,10 +91,21 @@ def _check_may_go_on(newest: Checkpoint, config: RunConfig) -> None:
     faults = [
         f"{key} was {was!r}, now {now!r}"
         for key, (was, now) in _differing(newest, config, NO_PART_OF_TRAINING | MAY_CHANGE_ON_THE_WAY).items()
+        if key != KL or not _only_begins_elsewhere(was, now)
     ]
-    steps_before = newest.metadata["config"]["training"]["steps"]
-    if config.training.steps < steps_before:
-        faults.append(f"training.steps was {steps_before}, now {config.training.steps}: it may only grow")
+    steps_before, steps = newest.metadata["config"]["training"]["steps"], config.training.steps
+    if steps < steps_before:
+        faults.append(f"training.steps was {steps_before}, now {steps}: it may only grow")
+    free_before, free = (
+        kl.free_steps(count) if kl is not None else 0
+        for kl, count in ((_kl_of(newest), steps_before), (config.retention.kl, steps))
+    )
+    if free != free_before:
+        after = math.ceil(free_before / steps * 1e6) / 1e6
+        faults.append(
+            f"{KL} began to hold after step {free_before}, and would now after step {free}: its `after` is a share of "
+            f"training.steps; set {KL}.after={after:g}"
+        )
     if faults:
         may_change = ", ".join(sorted(MAY_CHANGE_ON_THE_WAY))
         lines = [f"training cannot go on from {newest.folder} with another configuration:", *faults]
@@ -102,11 +116,23 @@ def _check_may_go_on(newest: Checkpoint, config: RunConfig) -> None:
 def _refuse_other(newest: Checkpoint, config: RunConfig, run: RunPaths) -> None:
     differing = _differing(newest, config, NO_PART_OF_TRAINING)
     if differing:
-        on_the_way = "--resume to go on from it so, " if differing.keys() <= MAY_CHANGE_ON_THE_WAY else ""
+        changed = differing.keys() - ({KL} if _only_begins_elsewhere(*differing.get(KL, ({}, {}))) else set())
+        on_the_way = "--resume to go on from it so, " if changed <= MAY_CHANGE_ON_THE_WAY else ""
         raise ConfigError(
             f"{run.checkpoints} holds an adapter trained with another configuration ({', '.join(differing)} differ). "
             f"Pass {on_the_way}--force to replace it, or another --name to keep it."
         )
+
+
+def _kl_of(checkpoint: Checkpoint) -> KlConfig | None:
+    told = checkpoint.metadata["config"].get("retention", {}).get("kl")
+    return KlConfig.model_validate(told) if told is not None else None
+
+
+def _only_begins_elsewhere(was: Any, now: Any) -> bool:
+    """Whether two blocks `kl` differ in where they begin to hold alone."""
+    blocks = [block if isinstance(block, dict) else {} for block in (was, now)]
+    return {**blocks[0], "after": None} == {**blocks[1], "after": None}
 
 
 def _differing(checkpoint: Checkpoint, config: RunConfig, may_differ: Set[str]) -> dict[str, tuple[Any, Any]]:

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
-from run_folders import EvaluatedRun
+from run_folders import EvaluatedRun, scale_adapter
 
+from nestune.backends.adapters import WEIGHTS
 from nestune.cli import main
 from nestune.config import RunConfig
 from nestune.errors import ConfigError, RunError
-from nestune.files import read_json, write_json
+from nestune.files import read_json, sha256_file, write_json
 from nestune.registry.connection import connect
 from nestune.registry.promotion import history_of
 from nestune.stages.evaluate import seal
@@ -68,7 +69,7 @@ def test_what_passed_can_be_promoted_again_after_a_rollback(config: RunConfig, e
     assert result.entry.reason == "learned +0.50 on new_task"
 
 
-@pytest.mark.parametrize("what", ["metric", "gate", "report", "adapter"])
+@pytest.mark.parametrize("what", ["metric", "metric at its step", "gate", "report", "adapter", "weights"])
 def test_a_record_that_was_edited_by_hand_is_refused_and_says_which(
     config: RunConfig, overtaken: RegisterResult, what: str
 ) -> None:
@@ -76,7 +77,14 @@ def test_a_record_that_was_edited_by_hand_is_refused_and_says_which(
     client = connect(config.registry)
     if what == "metric":
         client.log_metric(overtaken.run_id, "evaluation/candidate/new_task/exact_match", 0.99, step=99)
+        told = r"its metric evaluation/candidate/new_task/exact_match is 0\.99 at step 99, at which nothing was"
+    elif what == "metric at its step":
+        client.log_metric(overtaken.run_id, "evaluation/candidate/new_task/exact_match", 0.99, step=20)
         told = r"its metric evaluation/candidate/new_task/exact_match is 0\.99, the report says 0\.75"
+    elif what == "weights":
+        weights = Path(client.get_model_version("nestune", overtaken.version).source, "artifacts/adapter", WEIGHTS)
+        weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
+        told = r"the adapter at .* has sha256 \w{12}, registered was \w{12}"
     elif what == "gate":
         client.set_model_version_tag("nestune", overtaken.version, "gate", "refused")
         told = "its tag gate is 'refused'; by the report it passed"
@@ -86,7 +94,7 @@ def test_a_record_that_was_edited_by_hand_is_refused_and_says_which(
         told = r"its report has sha256 \w{12}, registered was \w{12}(.|\n)*new_task/exact_match is 0\.75"
     else:
         client.set_model_version_tag("nestune", overtaken.version, "adapter_sha256", "0" * 64)
-        told = r"its adapter has sha256 000000000000, the report is of \w{12}"
+        told = r"the adapter at .* has sha256 \w{12}, registered was 000000000000"
     with pytest.raises(RunError, match=told):
         promote(config.registry, overtaken.version)
     assert history_of(config.registry).champion is None
@@ -96,6 +104,54 @@ def rollback_free(config: RunConfig) -> None:
     """Take the champion away, so that the gate's comparison with none holds."""
     connect(config.registry).delete_registered_model_alias("nestune", "champion")
     assert history_of(config.registry).champion is None
+
+
+def test_of_several_versions_of_one_mlflow_run_each_is_held_against_its_own_figures(
+    config: RunConfig, evaluated_run: EvaluatedRun
+) -> None:
+    run = evaluated_run(passed=True)
+    first = register(config, run)
+    rollback_free(config)
+    # The same run, its candidate made of another checkpoint: an earlier step, another adapter, another score.
+    scale_adapter(run.candidate, 1.5)
+    report = read_json(run.evaluation / "report.json", "")
+    report["candidate"]["step"], report["scores"]["candidate"]["new_task"]["exact_match"] = 10, 0.5
+    report["adapters"] = {"candidate": sha256_file(run.candidate / WEIGHTS)}
+    write_json(run.evaluation / "report.json", report)
+    seal(run.evaluation, run.candidate)
+    second = register(config, run)
+    assert (first.run_id, second.version) == (second.run_id, "2")
+    rollback_free(config)
+    assert compare(config.registry, "1", "2").as_dict()["scores"]["new_task"]["exact_match"] == {
+        "first": 0.75,
+        "second": 0.5,
+        "difference": -0.25,
+        "rows": [4, 4],
+    }
+    assert [version.scores["new_task"] for version in versions(config.registry).versions] == [0.75, 0.5]
+    assert promote(config.registry, "1").champion == "1"
+
+
+def test_what_was_rolled_back_is_not_promoted_again_by_registering_it_again(
+    config: RunConfig, evaluated_run: EvaluatedRun
+) -> None:
+    first = register(config, evaluated_run(passed=True))
+    run = evaluated_run(passed=True, champion_version=first.version)
+    second = register(config, run)
+    rollback(config.registry, "answers were rude")
+    again = register(config, run)
+    assert (again.version, again.promoted, again.waits) == (second.version, False, True)
+    assert "rolled back by " in again.reason
+    assert promote(config.registry, second.version, reason="they are not").champion == second.version
+
+
+def test_a_reason_has_a_length_that_mlflow_keeps_whole(config: RunConfig, refused: RegisterResult) -> None:
+    with pytest.raises(ConfigError, match="the reason has 2001 characters; 2000 are kept at most"):
+        promote(config.registry, refused.version, force=True, reason="ä" * 2001)
+    reason = "ж" * 2000
+    assert promote(config.registry, refused.version, force=True, reason=reason).entry.reason == reason
+    with pytest.raises(ConfigError, match="2000 are kept at most"):
+        rollback(config.registry, "ä" * 2001)
 
 
 def test_without_its_report_a_version_is_promoted_only_by_force(config: RunConfig, overtaken: RegisterResult) -> None:

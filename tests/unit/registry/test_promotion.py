@@ -1,6 +1,7 @@
 """Promotions: of several at once one wins, the history keeps them all, and rollbacks go back along it."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -123,19 +124,27 @@ def test_a_rollback_to_an_earlier_champion_skips_those_between_and_to_no_other_v
 ) -> None:
     for version, before in (("1", None), ("2", "1"), ("3", "2")):
         promote_version(versions, version, before)
-    with pytest.raises(ConfigError, match=r"version 7 of nestune is none of the champions before version 3: 1, 2\."):
+    with pytest.raises(ConfigError, match=r"version 7 of nestune is none of the champions before 3: 1, 2\."):
         roll_back(versions, "", to="7")
     assert roll_back(versions, "", to="1").version == "1"
     assert aliases(versions) == {"champion": "1"}
 
 
-def test_a_champion_whose_version_was_deleted_is_not_gone_back_to(versions: RegistryConfig) -> None:
-    promote_version(versions, "1", None)
-    promote_version(versions, "2", "1")
-    connect(versions).delete_model_version("nestune", "1")
-    with pytest.raises(RunError, match="version 1 of nestune has been deleted"):
-        roll_back(versions, "")
-    assert history_of(versions).champion == "2"
+def test_deleted_versions_are_passed_over_by_rollbacks_and_stand_in_the_way_of_nothing(
+    versions: RegistryConfig,
+) -> None:
+    for version, before in (("1", None), ("2", "1"), ("3", "2"), ("4", "3")):
+        promote_version(versions, version, before)
+    client = connect(versions)
+    client.delete_model_version("nestune", "2")
+    assert roll_back(versions, "").version == "3"
+    assert aliases(versions) == {"champion": "3", "previous": "1"}
+    # The champion itself is deleted: nothing is in use until somebody says so, and there is a way back.
+    client.delete_model_version("nestune", "3")
+    assert history_of(versions).champion is None
+    assert roll_back(versions, "").version == "1"
+    assert aliases(versions) == {"champion": "1"}
+    assert promote_version(versions, "5", "1")
 
 
 def test_what_a_killed_process_wrote_down_and_did_not_apply_the_next_one_applies(versions: RegistryConfig) -> None:
@@ -160,7 +169,7 @@ def test_an_alias_that_was_moved_by_hand_is_in_the_history_and_stays(
     assert aliases(versions) == {"champion": "5", "previous": "1"}
     connect(versions).delete_registered_model_alias("nestune", "champion")
     assert history_of(versions).champion is None
-    assert aliases(versions) == {}
+    assert aliases(versions) == {"previous": "5"}
     assert promote_version(versions, "2", None)
 
 
@@ -186,7 +195,26 @@ def test_an_entry_is_written_once_and_cannot_be_changed(versions: RegistryConfig
     assert not ledger.add(replace(ENTRY, version="2"))
     assert not Ledger(connect(versions), "nestune").add(replace(ENTRY, by="eve@lab"))
     assert ledger.entries() == ([ENTRY], False)
-    assert json.loads(connect(versions).search_runs([ledger_experiment(versions)])[0].data.params["promotion.1"])
+    (run,) = connect(versions).search_runs([ledger_experiment(versions)])
+    assert json.loads(run.data.params["promotion.1"])["by"] == "ada@lab"
+
+
+def test_a_history_that_was_deleted_is_told_with_the_way_to_restore_it(versions: RegistryConfig) -> None:
+    promote_version(versions, "1", None)
+    connect(versions).delete_experiment(ledger_experiment(versions))
+    with pytest.raises(RunError, match=r"is deleted in MLflow\. Restore it with mlflow experiments restore"):
+        history_of(versions)
+
+
+def test_where_the_system_knows_no_name_of_the_user_its_number_stands(
+    versions: RegistryConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown() -> str:
+        raise KeyError("getpwuid(): uid not found: 12345")
+
+    monkeypatch.setattr("getpass.getuser", unknown)
+    promote_version(versions, "1", None)
+    assert history_of(versions).entries[0].by.startswith(f"{os.getuid()}@")
 
 
 def ledger_experiment(registry: RegistryConfig) -> str:
