@@ -8,13 +8,13 @@ No Prefect server is needed: without one, Prefect starts its own for the time of
 # ruff: noqa: E402 - the environment is settled before Prefect reads its settings
 import argparse
 import functools
-import json
 import logging
 import os
 import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import copy_context
@@ -50,6 +50,7 @@ from nestune.runs import RunPaths
 from nestune.stages.dead_runs import end_dead_runs
 from nestune.stages.finished import check_before_running
 from nestune.stages.status import read_status
+from nestune.training.recorder import TRAIN_METRICS
 
 LEAVE_AFTER_S = 5.0
 TELL_EVERY_S = 2.0
@@ -144,8 +145,7 @@ def train(config: RunConfig, force: bool, resume: bool) -> dict[str, Any]:
 def _progress_shown(run: RunPaths) -> Iterator[None]:
     """Show in Prefect how far a training is, in an artifact that moves: what `nestune status` reads from its folder.
 
-    A thread reads and tells, so that training waits neither for the disk nor for the server; what the server misses
-    while it is down, the next time tells.
+    A thread reads and tells, so that training waits neither for the disk nor for the server.
     """
     if not _has_server():
         yield
@@ -163,9 +163,12 @@ def _progress_shown(run: RunPaths) -> Iterator[None]:
 
 def _tell_progress(run: RunPaths, ended: threading.Event) -> None:
     artifact: UUID | None = None
-    last = False
+    last, began, metrics = False, time.time(), run.metrics / TRAIN_METRICS
     while not last:
         last = ended.wait(TELL_EVERY_S)
+        # What an earlier training left there is no progress of this one.
+        if not metrics.exists() or metrics.stat().st_mtime < began:
+            continue
         status = read_status(run)
         if not (status.step and status.steps):
             continue
@@ -220,20 +223,36 @@ class Approval(RunInput):
     reason: str = Field("", description="is kept with the version")
 
 
-def _ask(config: RunConfig, registered: dict[str, Any], summary: str) -> dict[str, Any]:
-    """Pause until a person has said in Prefect whether a version is promoted; the result of `register` after that."""
-    from nestune.registry.versions import tag_version
-    from nestune.stages.promote import promote
+@task(
+    task_run_name="decide",
+    cache_policy=NO_CACHE,
+    retries=2,
+    retry_delay_seconds=10,
+    retry_condition_fn=_may_succeed_later,
+)
+def decide(config: RunConfig, approve: bool, reason: str) -> dict[str, Any]:
+    """Do with the version that waits what a person has said of it."""
+    from nestune.stages.register import decide as stage
 
-    form = Approval.with_initial_data(description=summary)
+    return stage(config, RunPaths.of(config.name), approve, reason)
+
+
+def _asked(config: RunConfig, registered: dict[str, Any]) -> dict[str, Any]:
+    """What became of a version once a person has said in Prefect whether it is promoted; as it is, where none waits.
+
+    A flow run whose process ends before that asks again when it is started again.
+    """
+    if not (registered.get("waits") and _has_server()):
+        return registered
+    form = Approval.with_initial_data(description=_as_markdown(RunPaths.of(config.name), registered))
     said = pause_flow_run(wait_for_input=form, timeout=APPROVAL_S, key="approval")
-    word = "approved" if said.approve else "not approved"
-    reason = f"{word}{f': {said.reason}' if said.reason else ''}"
-    tag_version(config.registry, registered["version"], {"approval": reason})
-    if said.approve:
-        promote(config.registry, registered["version"], reason=reason)
-    get_run_logger().info("%s version %s was %s", registered["model"], registered["version"], reason)
-    return registered | {"promoted": said.approve, "waits": False, "reason": f"{registered['reason']}; {reason}"}
+    return decide(config, said.approve, said.reason)
+
+
+def _as_markdown(run: RunPaths, registered: dict[str, Any]) -> str:
+    from nestune.stages.register import as_markdown
+
+    return as_markdown(run, registered)
 
 
 def _has_server() -> bool:
@@ -263,7 +282,7 @@ def retrain(config: RunConfig, force: bool = False, resume: bool = False) -> Any
         finished = check_before_running(config, run, force, resume)
         if finished is not None:
             get_run_logger().info("%s", ": ".join(finished.summary()))
-            return {"register": finished.as_dict()}
+            return {"register": _asked(config, finished.as_dict())}
         # Called, not submitted: training stays in the main thread, where a signal reaches it.
         try:
             results = {
@@ -275,42 +294,11 @@ def retrain(config: RunConfig, force: bool = False, resume: bool = False) -> Any
             }
         except StoppedError as stopped:
             return Cancelled(message=str(stopped))
-    summary = _summary(run, results["register"])
-    if results["register"]["waits"] and _has_server():
-        results["register"] = _ask(config, results["register"], summary)
-        summary = _summary(run, results["register"])
+    results["register"] = _asked(config, results["register"])
+    summary = _as_markdown(run, results["register"])
     create_markdown_artifact(summary, key="retrain-report", description=f"what became of {config.name}")
     get_run_logger().info("%(model)s version %(version)s, gate %(gate)s: %(reason)s", results["register"])
     return results
-
-
-def _summary(run: RunPaths, registered: dict[str, Any]) -> str:
-    """The gate's verdict, the scores and where to look, as Markdown."""
-    report = json.loads((run.evaluation / "report.json").read_text(encoding="utf-8"))
-    scores = report["scores"]
-    rows = [[name, *(_shown(scores[model][name]) for model in scores)] for name in scores["candidate"]]
-    table = [["set", *scores], ["---"] * (len(scores) + 1), *rows]
-    waits = "waits for approval" if registered["waits"] else f"not promoted (gate: {registered['gate']})"
-    verdict = "promoted to champion" if registered["promoted"] else waits
-    look = f"after `{registered['open_with']}`" if registered["open_with"] else "running"
-    return "\n".join(
-        [
-            f"# {registered['model']} version {registered['version']}: {verdict}",
-            registered["reason"],
-            "",
-            *("| " + " | ".join(cells) + " |" for cells in table),
-            "",
-            "Exact match where a set has answers, else loss in nats per token.",
-            "",
-            f"- Report: [{run.evaluation / 'report.html'}]({(run.evaluation / 'report.html').absolute().as_uri()})",
-            f"- MLflow: [{registered['run_id']}]({registered['page']}), {look}",
-            f"- Tracking: `{registered['tracking_uri']}`",
-        ]
-    )
-
-
-def _shown(score: dict[str, Any]) -> str:
-    return f"{score['loss']:.3f}" if score["exact_match"] is None else f"{score['exact_match']:.1%}"
 
 
 def run_once(config: RunConfig, force: bool = False, resume: bool = False) -> Any:
@@ -359,14 +347,19 @@ class _OneLineOfAFailure(logging.Filter):
 def serve(config: RunConfig) -> None:
     """Serve the flow until the process is ended: on Prefect's pages it is started, with this configuration in the form.
 
-    One run at a time; a further one waits its turn. Raises ServiceError where there is no Prefect server.
+    One run at a time; a further one waits its turn. Raises ServiceError where no Prefect server answers.
     """
-    if not _has_server():
+    address = get_current_settings().api.url
+    try:
+        if not address:
+            raise httpx.ConnectError("PREFECT_API_URL is not set")
+        httpx.get(f"{address}/health", timeout=10).raise_for_status()
+    except httpx.HTTPError as error:
         raise ServiceError(
-            "there is no Prefect server to serve to. Start one, `make prefect`, and name it: "
-            "export PREFECT_API_URL=http://127.0.0.1:4200/api"
-        )
-    print(f"serving retrain/{config.name} to {get_current_settings().api.url}; Ctrl-C ends", file=sys.stderr)
+            f"there is no Prefect server to serve to{f' at {address}' if address else ''}: {error}. Start one, `make "
+            "prefect`, and name it: export PREFECT_API_URL=http://127.0.0.1:4200/api"
+        ) from None
+    print(f"serving retrain/{config.name} to {address}; Ctrl-C ends", file=sys.stderr)
     retrain.serve(name=config.name, parameters={"config": config.model_dump(mode="json")}, limit=1)
 
 
@@ -378,6 +371,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--serve", action="store_true", help="do not run it: have it started, stopped and watched on Prefect's pages"
     )
     options = parser.parse_args(arguments)
+    if options.serve and (options.force or options.resume):
+        parser.error("--force and --resume are asked for in the form of each run, not with --serve")
     if options.serve:
         return exit_code_of(lambda: serve(load_config(options.config, options.set, options.name)))
     behave_on_a_terminal()

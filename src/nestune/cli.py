@@ -186,6 +186,10 @@ def _of_the_registry(options: argparse.Namespace) -> None:
     from nestune.stages.promote import promote, rollback
     from nestune.stages.versions import compare, versions
 
+    if options.config is not None and (options.model or options.tracking_uri):
+        raise ConfigError("--config says which registry is meant; leave out --model and --tracking-uri, or use --set")
+    if options.config is None and options.set:
+        raise ConfigError("--set goes with --config; without it, use --model and --tracking-uri")
     if options.config is not None:
         registry = load_config(options.config, options.set).registry
     else:

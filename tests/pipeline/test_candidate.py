@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors.numpy import load_file, save_file
 from tests.pipeline.conftest import ROOT
 
 pytest.importorskip("torch")
@@ -109,6 +110,27 @@ def test_at_factor_1_it_has_the_bytes_that_it_has_without_the_block(child: RunPa
     assert nestune("train", "retention.strength={factors: [1.0]}") == 0
     assert adapter_bytes(child.candidate) == adapter_bytes(child.checkpoints / "best")
     assert read_json(child.candidate / "strength.json", "")["factor"] == 1
+
+
+def test_a_training_goes_on_only_upon_the_parent_that_it_began_upon(
+    child: RunPaths, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Path(shutil.copytree(PARENT.candidate, "other"))
+    weights = load_file(other / WEIGHTS)
+    for name, matrices in ((WEIGHTS, weights), ("adapters.safetensors", load_file(other / "adapters.safetensors"))):
+        save_file({key: (value * 1.5).astype("float32") for key, value in matrices.items()}, other / name)
+    moved = PARENT.candidate.rename("aside")
+    other.rename(moved_back := PARENT.candidate)
+    try:
+        # Ended, and with its candidate: nothing is to be done for which the parent is needed.
+        assert nestune("train") == 0
+        capsys.readouterr()
+        assert nestune("train", STRENGTH) == 1
+        assert "was trained upon a parent adapter with sha256" in capsys.readouterr().err
+    finally:
+        shutil.rmtree(moved_back)
+        moved.rename(moved_back)
+    assert nestune("train", STRENGTH) == 0
 
 
 @pytest.mark.parametrize("replay", ["", "replay.jsonl"])

@@ -33,8 +33,10 @@ class FinishedResult:
 
     def summary(self) -> list[str]:
         """The result for a person."""
+        waits = "it waits for approval: nestune promote {version} --model {model}".format(**self.registration)
         return [
             "{model} version {version}, gate {gate}: {reason}".format(**self.registration),
+            *([waits] if self.registration.get("waits") else []),
             f"{self.run} had finished: nothing was done. --force trains anew; stages can be run again one by one",
         ]
 

@@ -21,6 +21,7 @@ from nestune.registry.versions import CHAMPION, SCORES, aliases_of, register_ver
 from nestune.runs import RunPaths, record_stage
 from nestune.stages.assign import importance_behind
 from nestune.stages.evaluate import EVALUATE_AGAIN, check_seal
+from nestune.stages.promote import promote
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,52 @@ def register(config: RunConfig, run: RunPaths) -> RegisterResult:
     write_json(run.registration, result.as_dict())
     record_stage(run, "register", [candidate, run.evaluation], [run.registration])
     return result
+
+
+def decide(config: RunConfig, run: RunPaths, approve: bool, reason: str) -> dict[str, Any]:
+    """What a person says of the version of a run that waits: it is promoted, or stays as it is; the reason is kept.
+
+    Rewrites `registration.json` and returns what it holds. Raises what `promote` raises.
+    """
+    registered: dict[str, Any] = read_json(run.registration, "Run nestune register first.")
+    word = f"{'approved' if approve else 'not approved'}{f': {reason}' if reason else ''}"
+    if approve:
+        promote(config.registry, registered["version"], reason=word)
+    tag_version(config.registry, registered["version"], {"approval": word})
+    aliases = list(aliases_of(config.registry, registered["version"]))
+    changes = {"promoted": approve, "waits": False, "aliases": aliases, "reason": f"{registered['reason']}; {word}"}
+    write_json(run.registration, registered | changes)
+    record_stage(run, "register", [run.candidate, run.evaluation], [run.registration])
+    return registered | changes
+
+
+def as_markdown(run: RunPaths, registered: Mapping[str, Any]) -> str:
+    """The gate's verdict, the scores and where to look, as Markdown."""
+    report = json.loads((run.evaluation / "report.json").read_text(encoding="utf-8"))
+    scores = report["scores"]
+    rows = [[name, *(_shown(scores[model][name]) for model in scores)] for name in scores["candidate"]]
+    table = [["set", *scores], ["---"] * (len(scores) + 1), *rows]
+    waits = "waits for approval" if registered["waits"] else f"not promoted (gate: {registered['gate']})"
+    verdict = "promoted to champion" if registered["promoted"] else waits
+    look = f"after `{registered['open_with']}`" if registered["open_with"] else "running"
+    return "\n".join(
+        [
+            f"# {registered['model']} version {registered['version']}: {verdict}",
+            registered["reason"],
+            "",
+            *("| " + " | ".join(cells) + " |" for cells in table),
+            "",
+            "Exact match where a set has answers, else loss in nats per token.",
+            "",
+            f"- Report: [{run.evaluation / 'report.html'}]({(run.evaluation / 'report.html').absolute().as_uri()})",
+            f"- MLflow: [{registered['run_id']}]({registered['page']}), {look}",
+            f"- Tracking: `{registered['tracking_uri']}`",
+        ]
+    )
+
+
+def _shown(score: dict[str, Any]) -> str:
+    return f"{score['loss']:.3f}" if score["exact_match"] is None else f"{score['exact_match']:.1%}"
 
 
 def _scores(report: Mapping[str, Any]) -> dict[str, float]:

@@ -4,6 +4,8 @@ import math
 from collections.abc import Set
 from typing import Any
 
+from pydantic import ValidationError
+
 from nestune.config import KlConfig, RunConfig
 from nestune.errors import ConfigError, RunError
 from nestune.runs import RunPaths
@@ -126,7 +128,10 @@ def _refuse_other(newest: Checkpoint, config: RunConfig, run: RunPaths) -> None:
 
 def _kl_of(checkpoint: Checkpoint) -> KlConfig | None:
     told = checkpoint.metadata["config"].get("retention", {}).get("kl")
-    return KlConfig.model_validate(told) if told is not None else None
+    try:
+        return KlConfig.model_validate(told) if told is not None else None
+    except ValidationError:  # of another version; that it differs is told
+        return None
 
 
 def _only_begins_elsewhere(was: Any, now: Any) -> bool:

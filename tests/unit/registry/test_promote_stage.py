@@ -219,5 +219,13 @@ def test_the_commands_do_the_same(
     assert run("rollback", "--reason", "it was")["champion"] == "1"
     assert main(["promote", "9", *where]) == 2
     assert "nestune has no version 9; it has 1, 2." in capsys.readouterr().err
+    assert main(["versions", "--config", "run.yaml", "--model", "nestune"]) == 2
+    assert "leave out --model" in capsys.readouterr().err
+    assert main(["versions", "--set", "registry.tracking_uri=x"]) == 2
+    assert "--set goes with --config" in capsys.readouterr().err
+    assert main(["versions", "--tracking-uri", "http://me:secret@host"]) == 2
+    told = capsys.readouterr().err
+    assert "MLFLOW_TRACKING_PASSWORD" in told
+    assert "secret" not in told
     assert main(["versions", "--model", "other", *where]) == 2
     assert "there is no model other in MLflow" in capsys.readouterr().err

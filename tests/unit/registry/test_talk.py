@@ -74,6 +74,9 @@ def test_a_base_without_a_chat_template_goes_on_from_a_text_and_takes_no_message
     assert asked("2 + 2 =", tokenizer) == tokenizer("2 + 2 =").input_ids
     with pytest.raises(ConfigError, match="no chat template, so it takes no messages"):
         asked([{"role": "user", "content": "2 + 2 ="}], tokenizer)
+    tokenizer.chat_template = "{{ raise_exception('no such role') }}"
+    with pytest.raises(ConfigError, match="the chat template of the base refuses these messages: no such role"):
+        asked([{"role": "judge", "content": "2 + 2 ="}], tokenizer)
 
 
 def test_the_commands_say_the_same(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from checkpoint_folders import CONFIG, DUMPED, write_checkpoint
 
-from nestune.config import RunConfig
+from nestune.config import KlConfig, RunConfig
 from nestune.errors import ConfigError, RunError
 from nestune.files import SEAL, seal, write_json
 from nestune.runs import RunPaths
@@ -62,7 +62,7 @@ def test_without_a_checkpoint_training_begins_and_there_is_nothing_to_resume_or_
 def test_each_setting_that_shapes_training_may_be_another_only_where_that_changes_no_weight(
     run: RunPaths, key: str
 ) -> None:
-    write_checkpoint(run, "final", 8, **{key.replace(".", "__"): 4 if key == "training.steps" else "something else"})
+    write_checkpoint(run, "final", 8, **{key.replace(".", "__"): 7 if key == "training.steps" else "something else"})
     assert refused(starting_point, run, resume=True) == (key not in ON_THE_WAY)
     assert refused(starting_point, run) == (key not in NO_PART)
     # What one backend has trained another evaluates.
@@ -96,6 +96,28 @@ def test_force_begins_anew_where_no_checkpoint_can_be_used(run: RunPaths) -> Non
     write_checkpoint(run, "checkpoint_0000004", 4)
     (run.checkpoints / "checkpoint_0000004" / "metadata.json").write_text("{")
     assert starting_point(CONFIG, run, force=True) is None
+
+
+def test_with_more_steps_the_model_is_held_from_the_step_on_from_which_it_was(run: RunPaths) -> None:
+    def held(after: float, steps: int) -> RunConfig:
+        content = json.loads(json.dumps(DUMPED))
+        content["retention"]["kl"] = KlConfig(after=after).model_dump(mode="json")
+        content["training"]["steps"] = steps
+        return RunConfig.model_validate(content)
+
+    was = held(0.3, 100)
+    write_checkpoint(
+        run, "final", 100, retention__kl=was.model_dump(mode="json")["retention"]["kl"], training__steps=100
+    )
+    told = r"began to hold after step 30, and would now after step 210: .* set retention\.kl\.after=0\.042858"
+    with pytest.raises(ConfigError, match=told):
+        starting_point(held(0.3, 700), run, resume=True)
+    assert starting_point(held(0.042858, 700), run, resume=True) is not None
+    assert refused(starting_point, run, held(0.042858, 700))
+    other = held(0.042858, 700).model_dump(mode="json")
+    other["retention"]["kl"]["weight"] = 3.0
+    with pytest.raises(ConfigError, match=r"retention\.kl was "):
+        starting_point(RunConfig.model_validate(other), run, resume=True)
 
 
 def test_resume_and_force_exclude_each_other(run: RunPaths) -> None:
