@@ -31,7 +31,7 @@ def copy(tmp_path: Path, world: Path) -> Path:
     for arguments in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "copy"]):
         identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
         subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True)
-    change(tmp_path, "steps: 450", "steps: 12")
+    change(tmp_path, "steps: 500", "steps: 12")
     change(tmp_path, "no_old_data", "no_old_data\n  kl: {self_written: {texts: 11, max_tokens: 24}}")
     return tmp_path
 
