@@ -84,7 +84,8 @@ def joined(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 PAGE = """# What keeps knowledge, measured
 
 Written by `benchmarks/retention.py --page`; what is compared and how stands in that file. The same figures seed by
-seed are in `benchmarks/results/retention.json`.
+seed are in `benchmarks/results/retention.json`. What [`retention_tiers.md`](retention_tiers.md) has besides was
+measured before, elsewhere.
 
 ![learning against forgetting](retention.png)
 
