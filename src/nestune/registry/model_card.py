@@ -112,11 +112,12 @@ def _figures(report: Mapping[str, Any]) -> list[str]:
     titles = columns(report["scores"])
     head = ["set", *titles]
     rows = [
-        [name.replace(NEW_TASK, "new task"), *(_value(report["scores"][model][name]) for model in titles.values())]
+        [name.replace(NEW_TASK, "new task"), *(score_text(report["scores"][model][name]) for model in titles.values())]
         for name in report["scores"]["candidate"]
     ]
     return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
 
 
-def _value(score: Mapping[str, Any]) -> str:
+def score_text(score: Mapping[str, Any]) -> str:
+    """Exact match, or the loss in nats per token where a set has no answers."""
     return f"{score['loss']:.3f}" if score["exact_match"] is None else f"{score['exact_match']:.1%}"

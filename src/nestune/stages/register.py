@@ -15,9 +15,9 @@ from nestune.registry.catching_up import resume_tracking
 from nestune.registry.gate_record import GATE, REPORT, REPORT_SHA256, STEP, metrics_of
 from nestune.registry.ledger import told
 from nestune.registry.mlflow_run import MlflowRun
-from nestune.registry.model_card import CARD, model_card
+from nestune.registry.model_card import CARD, model_card, score_text
 from nestune.registry.promotion import history_of, promote_version
-from nestune.registry.versions import CHAMPION, SCORES, aliases_of, register_version, tag_version
+from nestune.registry.versions import SCORES, aliases_of, register_version, tag_version
 from nestune.runs import RunPaths, record_stage
 from nestune.stages.assign import importance_behind
 from nestune.stages.evaluate import EVALUATE_AGAIN, check_seal
@@ -83,10 +83,12 @@ def register(config: RunConfig, run: RunPaths) -> RegisterResult:
     version = register_version(config, tracked.run_id, candidate, tags, files)
 
     gate, reason = "passed" if report["passed"] else "refused", report["reason"]
-    aliases = aliases_of(config.registry, version)
-    undone = history_of(config.registry).undone(version)
+    history = history_of(config.registry)
+    undone = history.undone(version)
     waits = (
-        gate == "passed" and CHAMPION not in aliases and (config.registry.promote == "approve" or undone is not None)
+        gate == "passed"
+        and history.champion != version
+        and (config.registry.promote == "approve" or undone is not None)
     )
     if undone is not None:
         reason += f"; {told(undone)}"
@@ -141,7 +143,7 @@ def as_markdown(run: RunPaths, registered: Mapping[str, Any]) -> str:
     """The gate's verdict, the scores and where to look, as Markdown."""
     report = json.loads((run.evaluation / "report.json").read_text(encoding="utf-8"))
     scores = report["scores"]
-    rows = [[name, *(_shown(scores[model][name]) for model in scores)] for name in scores["candidate"]]
+    rows = [[name, *(score_text(scores[model][name]) for model in scores)] for name in scores["candidate"]]
     table = [["set", *scores], ["---"] * (len(scores) + 1), *rows]
     waits = "waits for approval" if registered["waits"] else f"not promoted (gate: {registered['gate']})"
     verdict = "promoted to champion" if registered["promoted"] else waits
@@ -160,10 +162,6 @@ def as_markdown(run: RunPaths, registered: Mapping[str, Any]) -> str:
             f"- Tracking: `{registered['tracking_uri']}`",
         ]
     )
-
-
-def _shown(score: dict[str, Any]) -> str:
-    return f"{score['loss']:.3f}" if score["exact_match"] is None else f"{score['exact_match']:.1%}"
 
 
 def _scores(report: Mapping[str, Any]) -> dict[str, float]:

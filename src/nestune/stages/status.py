@@ -17,6 +17,7 @@ from nestune.errors import ConfigError, RunError
 from nestune.files import read_json
 from nestune.run_state import RunState, read_state
 from nestune.runs import RUNS, RunPaths
+from nestune.stages.tables import aligned
 from nestune.training.recorder import EVAL_METRICS, TRAIN_METRICS
 
 # Enough for the lines of many steps; a metrics file may have a million.
@@ -106,9 +107,7 @@ class StatusResult:
             return self.runs[0].lines()
         if not self.runs:
             return [f"there are no runs in {RUNS.absolute()}"]
-        rows = [["run", "state", "stage", "step", "loss", ""], *(status.row() for status in self.runs)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return aligned([["run", "state", "stage", "step", "loss", ""], *(status.row() for status in self.runs)])
 
 
 def status(run: RunPaths | None) -> StatusResult:

@@ -1,6 +1,5 @@
 """`nestune versions` and `nestune compare`: the chain of versions with what was kept along it, and two of them."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,6 +8,7 @@ from nestune.registry.gate_record import GateRecord, metrics_of, read_gate_recor
 from nestune.registry.ledger import Promotion, told
 from nestune.registry.promotion import history_of
 from nestune.registry.versions import Version, list_versions
+from nestune.stages.tables import aligned
 
 CANDIDATE = "evaluation/candidate/"
 SHORT_HASH = 8
@@ -50,7 +50,7 @@ class VersionsResult:
                     tags.get("git_commit", "")[:SHORT_HASH],
                 ]
             )
-        lines = [*_aligned(rows), "", "exact match where a set has answers, else nats per token; promotions:"]
+        lines = [*aligned(rows), "", "exact match where a set has answers, else nats per token; promotions:"]
         return [*lines, *(f"{entry.number}: {_what(entry)} {told(entry)}" for entry in self.promotions)]
 
 
@@ -91,7 +91,7 @@ class CompareResult:
             f"version {one.version}: gate {'passed' if one.passed else 'refused'}: {one.report['reason']}"
             for one in (self.first, self.second)
         ]
-        return [*_aligned(rows), *others, *verdicts]
+        return [*aligned(rows), *others, *verdicts]
 
     def _rows(self, name: str) -> list[int | None]:
         return [record.report["dataset"].get("rows", {}).get(name) for record in (self.first, self.second)]
@@ -134,8 +134,3 @@ def _parent(reference: str) -> str:
 
 def _shown(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
