@@ -16,8 +16,8 @@ from safetensors.numpy import load_file, save_file
 from nestune.backends.adapters import CONFIG, METADATA, MLX_WEIGHTS, WEIGHTS
 from nestune.backends.factory import make_backend
 from nestune.base_model import resolve_base
-from nestune.cli_parser import FORMATS as OFFERED
 from nestune.cli import STAGES, main
+from nestune.cli_parser import FORMATS as OFFERED
 from nestune.config import RunConfig
 from nestune.errors import ConfigError, RunError
 from nestune.export.check import check_logits, make_reference
