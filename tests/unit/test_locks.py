@@ -1,6 +1,7 @@
 """A lock has one owner at a time, tells who that is, and outlives nobody."""
 
 import fcntl
+import os
 import subprocess
 import sys
 import threading
@@ -136,7 +137,7 @@ def test_asking_who_owns_a_lock_keeps_nobody_from_taking_it(tmp_path: Path) -> N
         asker.start()
     try:
         for _ in range(10):
-            take(path)
+            assert take(path).pid == os.getpid()
     finally:
         done.set()
         for asker in askers:

@@ -3,7 +3,7 @@
 Source: https://huggingface.co/docs/hub/model-cards, its metadata block, and an own text.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,11 @@ def _figures(report: Mapping[str, Any]) -> list[str]:
         [name.replace(NEW_TASK, "new task"), *(score_text(report["scores"][model][name]) for model in titles.values())]
         for name in report["scores"]["candidate"]
     ]
+    return markdown_table(head, rows)
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A table in Markdown, a line for each row."""
     return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
 
 

@@ -15,7 +15,7 @@ from nestune.registry.catching_up import resume_tracking
 from nestune.registry.gate_record import GATE, REPORT, REPORT_SHA256, STEP, metrics_of
 from nestune.registry.ledger import told
 from nestune.registry.mlflow_run import MlflowRun
-from nestune.registry.model_card import CARD, model_card, score_text
+from nestune.registry.model_card import CARD, markdown_table, model_card, score_text
 from nestune.registry.promotion import history_of, promote_version
 from nestune.registry.versions import SCORES, aliases_of, register_version, tag_version
 from nestune.runs import RunPaths, record_stage
@@ -144,7 +144,6 @@ def as_markdown(run: RunPaths, registered: Mapping[str, Any]) -> str:
     report = json.loads((run.evaluation / "report.json").read_text(encoding="utf-8"))
     scores = report["scores"]
     rows = [[name, *(score_text(scores[model][name]) for model in scores)] for name in scores["candidate"]]
-    table = [["set", *scores], ["---"] * (len(scores) + 1), *rows]
     waits = "waits for approval" if registered["waits"] else f"not promoted (gate: {registered['gate']})"
     verdict = "promoted to champion" if registered["promoted"] else waits
     look = f"after `{registered['open_with']}`" if registered["open_with"] else "running"
@@ -153,7 +152,7 @@ def as_markdown(run: RunPaths, registered: Mapping[str, Any]) -> str:
             f"# {registered['model']} version {registered['version']}: {verdict}",
             registered["reason"],
             "",
-            *("| " + " | ".join(cells) + " |" for cells in table),
+            *markdown_table(["set", *scores], rows),
             "",
             "Exact match where a set has answers, else loss in nats per token.",
             "",

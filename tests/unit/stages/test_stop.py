@@ -88,6 +88,7 @@ def test_a_request_to_an_earlier_owner_stops_no_later_one(run: RunPaths) -> None
     with owned(run, "nestune train"):
         write_json(run.stop_request, {"token": "of somebody else"})
         StopRequests(run).check()
+        assert list(StopRequests(run).watched(range(2))) == [0, 1]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}"])
@@ -95,6 +96,7 @@ def test_a_request_that_cannot_be_read_stops_nobody(run: RunPaths, content: str)
     with owned(run, "nestune train"):
         run.stop_request.write_text(content)
         StopRequests(run).check()
+        assert list(StopRequests(run).watched(range(2))) == [0, 1]
 
 
 def test_a_stop_is_raised_before_the_next_item(run: RunPaths) -> None:
