@@ -185,11 +185,17 @@ def main() -> int:
     from nestune.environment import set_defaults
 
     set_defaults()
-    for library in (*LIBRARIES, BACKENDS[sys.argv[1]]):
+    for library in LIBRARIES:
         try:
             importlib.import_module(library)
         except ModuleNotFoundError as error:
             print(f"not imported beforehand: {error}", file=sys.stderr)
+    if sys.argv[1] == "mlx":
+        # As a run does, which computes with it from its first product on: another library rounds otherwise.
+        from nestune.backends.mlx_blas import load_fast_blas
+
+        load_fast_blas()
+    importlib.import_module(BACKENDS[sys.argv[1]])
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
