@@ -169,7 +169,8 @@ class DvcProject:
             return " ".join(str(error).partition("blocked by:")[2].partition("\n\n")[0].split()) or _text(error)
         try:
             pid = int(Path(self._repo.lock.files[0]).read_text(encoding="utf-8"))
-            return f"process {pid} ({' '.join(psutil.Process(pid).cmdline()):.200})"
+            command = " ".join(" ".join(psutil.Process(pid).cmdline()).split())
+            return f"process {pid} ({command:.200})"
         except (OSError, ValueError, AttributeError, psutil.Error):
             return "another process"
 
