@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tests.services.conftest import end, until
 
 from nestune.config import RunConfig, load_config
 from nestune.errors import ServiceError
 from nestune.files import sha256_file, write_bytes, write_json, write_text
 from nestune.runs import RunPaths
 from nestune.stages.commit import commit
-from tests.services.conftest import end, until
 
 pytestmark = pytest.mark.services
 
