@@ -47,6 +47,7 @@ from nestune.config import RunConfig, load_config
 from nestune.errors import NestuneError, ServiceError, StoppedError
 from nestune.run_state import RunState, owned, recorded
 from nestune.runs import RunPaths
+from nestune.stages.commit import commits
 from nestune.stages.dead_runs import end_dead_runs
 from nestune.stages.finished import check_before_running
 from nestune.stages.status import read_status
@@ -201,17 +202,29 @@ def _may_succeed_later(_task: Any, _run: Any, state: Any) -> bool:
     return isinstance(state.result(raise_on_failure=False), ServiceError)
 
 
-@task(
-    task_run_name="register",
-    cache_policy=NO_CACHE,
-    retries=2,
-    retry_delay_seconds=10,
-    retry_condition_fn=_may_succeed_later,
-)
+# What is across a network may answer later.
+RETRIED: dict[str, Any] = {
+    "cache_policy": NO_CACHE,
+    "retries": 2,
+    "retry_delay_seconds": 10,
+    "retry_condition_fn": _may_succeed_later,
+}
+
+
+@task(task_run_name="register", **RETRIED)
 @_noted
 def register(config: RunConfig) -> dict[str, Any]:
-    """Register the adapter, and promote it if the gate let it pass. The registry may be across a network."""
+    """Register the adapter, and promote it if the gate let it pass."""
     from nestune.stages.register import register as stage
+
+    return stage(config, RunPaths.of(config.name)).as_dict()
+
+
+@task(task_run_name="commit", **RETRIED)
+@_noted
+def commit(config: RunConfig) -> dict[str, Any]:
+    """Put what the run left into DVC, and send it to a remote where one is set."""
+    from nestune.stages.commit import commit as stage
 
     return stage(config, RunPaths.of(config.name)).as_dict()
 
@@ -223,13 +236,7 @@ class Approval(RunInput):
     reason: str = Field("", description="is kept with the version")
 
 
-@task(
-    task_run_name="decide",
-    cache_policy=NO_CACHE,
-    retries=2,
-    retry_delay_seconds=10,
-    retry_condition_fn=_may_succeed_later,
-)
+@task(task_run_name="decide", **RETRIED)
 def decide(config: RunConfig, approve: bool, reason: str) -> dict[str, Any]:
     """Do with the version that waits what a person has said of it."""
     from nestune.stages.register import decide as stage
@@ -247,6 +254,12 @@ def _asked(config: RunConfig, registered: dict[str, Any]) -> dict[str, Any]:
     form = Approval.with_initial_data(description=_as_markdown(RunPaths.of(config.name), registered))
     said = pause_flow_run(wait_for_input=form, timeout=APPROVAL_S, key="approval")
     return decide(config, said.approve, said.reason)
+
+
+def _committed(config: RunConfig, results: dict[str, Any]) -> Any:
+    """The results, in a DVC project with that of the commit; the state Cancelled where it was stopped."""
+    done = commit(config) if commits(config) else None
+    return done if isinstance(done, State) else results | ({"commit": done} if done else {})
 
 
 def _as_markdown(run: RunPaths, registered: dict[str, Any]) -> str:
@@ -282,7 +295,7 @@ def retrain(config: RunConfig, force: bool = False, resume: bool = False) -> Any
         finished = check_before_running(config, run, force, resume)
         if finished is not None:
             get_run_logger().info("%s", ": ".join(finished.summary()))
-            return {"register": _asked(config, finished.as_dict())}
+            return _committed(config, {"register": _asked(config, finished.as_dict())})
         # Called, not submitted: training stays in the main thread, where a signal reaches it.
         try:
             results = {
@@ -298,7 +311,8 @@ def retrain(config: RunConfig, force: bool = False, resume: bool = False) -> Any
     summary = _as_markdown(run, results["register"])
     create_markdown_artifact(summary, key="retrain-report", description=f"what became of {config.name}")
     get_run_logger().info("%(model)s version %(version)s, gate %(gate)s: %(reason)s", results["register"])
-    return results
+    with owned(run, f"Prefect flow run {flow_run.name}"):
+        return _committed(config, results)
 
 
 def run_once(config: RunConfig, force: bool = False, resume: bool = False) -> Any:

@@ -1,61 +1,24 @@
 """`dvc repro` on a copy of the project: all stages, then none, then only what a changed parameter concerns."""
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from tests.pipeline.conftest import ROOT
+from tests.pipeline.dvc_projects import change, copy_project, dvc
 
 STAGES = ["validate", "tiers", "train", "evaluate", "register"]
+RUN = "runs/demo-nestune"
 
 
 @pytest.fixture
 def copy(tmp_path: Path, world: Path) -> Path:
-    """The project's files in a git repository of their own, with the demo's data, and a training of few steps."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
-    for name in filter(None, listed.split("\0")):
-        if (ROOT / name).is_file():
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, tmp_path / name)
-    shutil.copytree(world, tmp_path / "data")
-    for arguments in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "copy"]):
-        identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
-        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True)
+    """A copy of the project with a training of few steps."""
+    copy_project(tmp_path, world)
     change(tmp_path, "steps: 500", "steps: 12")
     change(tmp_path, "no_old_data", "no_old_data\n  kl: {self_written: {texts: 11, max_tokens: 24}}")
     return tmp_path
-
-
-def change(project: Path, old: str, new: str) -> None:
-    path = project / "configs" / "demo_nestune.yaml"
-    content = path.read_text()
-    assert old in content
-    path.write_text(content.replace(old, new))
-
-
-def dvc(project: Path, *arguments: str) -> str:
-    scripts = str(Path(sys.executable).parent)
-    environment = os.environ | {"PATH": scripts + os.pathsep + os.environ["PATH"], "DVC_NO_ANALYTICS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "dvc", *arguments],
-        cwd=project,
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=600,
-    )
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    return done.stdout
 
 
 def stages_run(output: str) -> list[str]:
@@ -68,11 +31,11 @@ def test_repro_runs_what_has_changed_and_nothing_else(copy: Path) -> None:
     again = dvc(copy, "repro")
     assert stages_run(again) == []
     assert "Data and pipelines are up to date" in again
-    adapter = (copy / "runs/retrain/checkpoints/final/adapter_model.safetensors").read_bytes()
+    adapter = (copy / RUN / "checkpoints/final/adapter_model.safetensors").read_bytes()
 
     metrics = json.loads(dvc(copy, "metrics", "show", "--json"))
-    shown = metrics[""]["data"]["runs/retrain/evaluation/metrics.json"]["data"]
-    assert shown == json.loads((copy / "runs/retrain/evaluation/metrics.json").read_text())
+    shown = metrics[""]["data"][f"{RUN}/evaluation/metrics.json"]["data"]
+    assert shown == json.loads((copy / RUN / "evaluation/metrics.json").read_text())
     dvc(copy, "plots", "show")
     page = (copy / "dvc_plots" / "index.html").read_text()
     assert "train_loss" in page
@@ -80,12 +43,12 @@ def test_repro_runs_what_has_changed_and_nothing_else(copy: Path) -> None:
 
     change(copy, "learning_rate: 2.0e-3", "learning_rate: 1.0e-3")
     assert stages_run(dvc(copy, "repro")) == ["train", "evaluate", "register"]
-    assert (copy / "runs/retrain/checkpoints/final/adapter_model.safetensors").read_bytes() != adapter
+    assert (copy / RUN / "checkpoints/final/adapter_model.safetensors").read_bytes() != adapter
 
     # What DVC has in its cache it takes from there; but a version is registered, never taken from a cache.
     change(copy, "learning_rate: 1.0e-3", "learning_rate: 2.0e-3")
     assert stages_run(dvc(copy, "repro")) == ["register"]
-    assert (copy / "runs/retrain/checkpoints/final/adapter_model.safetensors").read_bytes() == adapter
+    assert (copy / RUN / "checkpoints/final/adapter_model.safetensors").read_bytes() == adapter
 
     # The first steps are what importances are measured on, and their number decides whether a slow tier ever moves.
     for old, new in (("batch_size: 16", "batch_size: 8"), ("steps: 12", "steps: 3")):
