@@ -37,7 +37,9 @@ def main() -> None:
     behave_on_a_terminal()
     if not DATA.exists():
         write_world(DATA)
-    configs = {title: load_config(path, [f"model.backend={backend}"]) for title, path in CONFIGS.items()}
+    # Whoever looks at the demo only is left no files for git to keep.
+    overrides = [f"model.backend={backend}", "dvc.commit=false"]
+    configs = {title: load_config(path, overrides) for title, path in CONFIGS.items()}
     for title, config in configs.items():
         print(f"\n── {title}: {CONFIGS[title]} ──", flush=True)
         run_once(config, force=True)

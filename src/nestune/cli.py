@@ -102,6 +102,10 @@ def _run(options: argparse.Namespace) -> None:
                 stages, results["register"] = (), finished.as_dict()
                 if not options.json:
                     print("run:", *finished.summary(), sep="\n  ", flush=True)
+            from nestune.stages.commit import commits
+
+            if commits(config):
+                stages = (*stages, "commit")
         for stage in stages:
             with recorded(run, stage):
                 result = _stage(stage, options)(config, run)
@@ -237,6 +241,10 @@ def _stage(name: str, options: argparse.Namespace) -> Callable[["RunConfig", "Ru
 
         chosen = {key: getattr(options, key) for key in ("checkpoint", "adapter", "out", "force", "dequantize")}
         return lambda config, run: export(config, run, options.to, **chosen)
+    if name == "commit":
+        from nestune.stages.commit import commit
+
+        return commit
     from nestune.stages.register import register
 
     return register

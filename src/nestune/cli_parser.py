@@ -10,6 +10,7 @@ COMMANDS = {
     "evaluate": "score base, parent, champion and candidate on the new task and every retention set",
     "register": "register the adapter in MLflow, and promote it if the gate let it pass",
     "run": "all of these, one after the other",
+    "commit": "put what a run left into DVC, and send it to a remote; in a DVC project, run does it at its end",
     "export": "write the adapter for PEFT, for mlx-lm, merged into the base, or as GGUF, and check what was written",
     "continual": "train tasks in sequence, each from the adapter before, and score every model on all of them",
     "generate": "answer prompts, with the candidate of a run or any other models",

@@ -2,6 +2,7 @@
 
 from nestune.config.blocks import (
     DataConfig,
+    DvcConfig,
     EarlyStopping,
     LoraConfig,
     ModelConfig,
@@ -23,6 +24,7 @@ from nestune.config.tiers import ImportanceConfig, TierConfig
 
 __all__ = [
     "DataConfig",
+    "DvcConfig",
     "EarlyStopping",
     "EvaluationConfig",
     "GateConfig",

@@ -225,6 +225,19 @@ class RegistryConfig(Strict):
         return uri
 
 
+class DvcConfig(Strict):
+    """DVC: where datasets and adapters are versioned. Outside of a DVC project it has no effect."""
+
+    commit: bool = Field(
+        True, description="true: at the end of a run, what it leaves is put into DVC, in adapters/<run>.dvc or dvc.lock"
+    )
+    push: bool = Field(True, description="true: and sent to a remote, where one is set")
+    remote: SafeName | None = Field(None, description="remote that it is sent to; none: the project's default remote")
+    wait_s: NonNegativeFloat = Field(
+        600.0, description="seconds to wait for other DVC processes, of which one at a time may change a project"
+    )
+
+
 class RunConfig(Strict):
     """One run: from JSONL to a registered adapter."""
 
@@ -238,6 +251,7 @@ class RunConfig(Strict):
     evaluation: EvaluationConfig = EvaluationConfig()
     gate: GateConfig = GateConfig()
     registry: RegistryConfig = Field(default_factory=RegistryConfig)
+    dvc: DvcConfig = DvcConfig()
 
     @field_validator("tiers")
     @classmethod

@@ -4,7 +4,6 @@ from typing import Annotated, Any
 
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
-from prefect.cache_policies import NO_CACHE
 from prefect.exceptions import CancelledRun, TerminationSignal
 from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed
@@ -23,6 +22,7 @@ from nestune.flows.flow_state import (
 )
 from nestune.run_state import owned
 from nestune.runs import RunPaths
+from nestune.stages.commit import commits
 from nestune.stages.dead_runs import end_dead_runs
 from nestune.stages.finished import check_before_running
 from nestune.stages.retraining import NothingToDo, Retraining, plan_retraining
@@ -63,17 +63,17 @@ def retrain(
             results, config = _of_what_arrived(config, force, resume)
         else:
             results = _through_all_stages(config, force, resume)
+        if not isinstance(results, NothingToDo):
+            return _committed(_asked_and_told(results, config), config)
     except StoppedError as stopped:
         return Cancelled(message=str(stopped))
     except TerminationSignal:
         # Tasks see to it themselves; this came while it waited.
         if not is_being_cancelled():
             raise
-        return Cancelled(message="cancelled before a stage had begun")
-    if isinstance(results, NothingToDo):
-        get_run_logger().info("skipped: %s", results.reason)
-        return Completed(name=SKIPPED, message=results.reason)
-    return _asked_and_told(results, config)
+        return Cancelled(message="cancelled while it waited")
+    get_run_logger().info("skipped: %s", results.reason)
+    return Completed(name=SKIPPED, message=results.reason)
 
 
 def run_once(config: RunConfig, force: bool = False, resume: bool = False, from_champion: bool = False) -> Any:
@@ -84,13 +84,7 @@ def run_once(config: RunConfig, force: bool = False, resume: bool = False, from_
         raise StoppedError(str(stopped)) from None
 
 
-@task(
-    task_run_name="plan",
-    cache_policy=NO_CACHE,
-    retries=2,
-    retry_delay_seconds=10,
-    retry_condition_fn=tasks.may_succeed_later,
-)
+@task(task_run_name="plan", **tasks.RETRIED)
 def plan(config: RunConfig, force: bool) -> Retraining | NothingToDo:
     """See what has arrived since the champion was trained."""
     return plan_retraining(config, flow_run.scheduled_start_time.astimezone().date(), force)
@@ -155,3 +149,11 @@ def _asked_and_told(results: dict[str, Any], config: RunConfig) -> dict[str, Any
         create_markdown_artifact(summary, key=REPORT, description=f"what became of {config.name}")
         get_run_logger().info("%(model)s version %(version)s, gate %(gate)s: %(reason)s", results["register"])
     return results
+
+
+def _committed(results: dict[str, Any], config: RunConfig) -> dict[str, Any]:
+    """The results, in a DVC project with what was put into DVC."""
+    if not commits(config):
+        return results
+    with turn_shown() as turn, owned(RunPaths.of(config.name), f"Prefect flow run {flow_run.name}", turn):
+        return results | {"commit": tasks.unless_stopped(tasks.commit(config))}

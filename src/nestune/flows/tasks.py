@@ -86,35 +86,40 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
     return stage(config, RunPaths.of(config.name)).as_dict()
 
 
-def may_succeed_later(_task: Any, _run: Any, state: Any) -> bool:
-    """Whether a task failed because something outside did not answer."""
+def _may_succeed_later(_task: Any, _run: Any, state: Any) -> bool:
     return isinstance(state.result(raise_on_failure=False), ServiceError)
 
 
-@task(
-    task_run_name="register",
-    cache_policy=NO_CACHE,
-    retries=2,
-    retry_delay_seconds=10,
-    retry_condition_fn=may_succeed_later,
-)
+# What is across a network may answer later.
+RETRIED: dict[str, Any] = {
+    "cache_policy": NO_CACHE,
+    "retries": 2,
+    "retry_delay_seconds": 10,
+    "retry_condition_fn": _may_succeed_later,
+}
+
+
+@task(task_run_name="register", **RETRIED)
 @_noted
 def register(config: RunConfig) -> dict[str, Any]:
-    """Register the adapter, and promote it if the gate let it pass. The registry may be across a network."""
+    """Register the adapter, and promote it if the gate let it pass."""
     from nestune.stages.register import register as stage
 
     return stage(config, RunPaths.of(config.name)).as_dict()
 
 
-@task(
-    task_run_name="decide",
-    cache_policy=NO_CACHE,
-    retries=2,
-    retry_delay_seconds=10,
-    retry_condition_fn=may_succeed_later,
-)
+@task(task_run_name="decide", **RETRIED)
 def decide(config: RunConfig, approve: bool, reason: str) -> dict[str, Any]:
     """Do with the version that waits what a person has said of it."""
     from nestune.stages.register import decide as stage
 
     return stage(config, RunPaths.of(config.name), approve, reason)
+
+
+@task(task_run_name="commit", **RETRIED)
+@_noted
+def commit(config: RunConfig) -> dict[str, Any]:
+    """Put what the run left into DVC, and send it to a remote where one is set."""
+    from nestune.stages.commit import commit as stage
+
+    return stage(config, RunPaths.of(config.name)).as_dict()

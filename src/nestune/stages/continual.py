@@ -20,6 +20,7 @@ from nestune.registry.versions import resolve_adapter
 from nestune.run_state import owned, recorded
 from nestune.runs import RunPaths
 from nestune.stages.assign import assign
+from nestune.stages.commit import commit, commits
 from nestune.stages.evaluate import evaluate
 from nestune.stages.finished import check_before_running, is_evaluated
 from nestune.stages.scoring import HeldOut, held_out_file, read_held_out, score_adapter
@@ -175,6 +176,9 @@ def _run_task(
             with recorded(run, stage):
                 result = action(config, run, force)
             tell(f"{config.name}, {stage}", result.summary())
+        if commits(config):
+            with recorded(run, "commit"):
+                tell(f"{config.name}, commit", commit(config, run).summary())
 
 
 def _check_parent(config: RunConfig, run: RunPaths) -> None:

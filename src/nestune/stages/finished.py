@@ -13,6 +13,7 @@ from nestune.errors import ConfigError, RunError
 from nestune.files import read_json, sha256_file
 from nestune.registry.mlflow_run import flatten
 from nestune.runs import RunPaths
+from nestune.stages.commit import DVC, check_commit, commits
 from nestune.stages.train import check_before_training
 from nestune.training.checkpoints import newest_checkpoint
 from nestune.training.start import has_ended
@@ -44,12 +45,15 @@ class FinishedResult:
 def check_before_running(
     config: RunConfig, run: RunPaths, force: bool = False, resume: bool = False
 ) -> FinishedResult | None:
-    """As `check_before_training`, for all stages; the result of a run that has finished with this configuration.
+    """As `check_before_training` and `check_commit`; the result of a run that has finished with this configuration.
 
-    Raises ConfigError when it has finished with another one, and RunError when the data has changed since: going on
-    would put another dataset, or another evaluation, in the place of those that belong to the adapter.
+    Raises what these two raise; ConfigError when it has finished with another one, and RunError when the data has
+    changed since: going on would put another dataset, or another evaluation, in the place of those that belong to the
+    adapter.
     """
     checkpoint = check_before_training(config, run, force, resume)
+    if commits(config):
+        check_commit(config, run)
     if checkpoint is None or force:
         return None
     trained = [config.data.train, () if isinstance(config.data.valid, float) else config.data.valid]
@@ -103,9 +107,9 @@ def _is_done(run: RunPaths, stage: str, result: Path) -> bool:
 
 
 def _differing(config: RunConfig, run: RunPaths) -> list[str]:
-    """The keys in which the configuration of the run's last stage was another one."""
+    """The keys in which the configuration of the run's last stage was another one, but for what DVC is to do."""
     try:
         then = flatten(RunConfig.model_validate(yaml.safe_load(run.config.read_text(encoding="utf-8"))))
     except (OSError, yaml.YAMLError, ValueError):
         return [f"{run.config} cannot be read"]
-    return [key for key, value in flatten(config).items() if then.get(key) != value]
+    return [key for key, value in flatten(config).items() if then.get(key) != value and key.partition(".")[0] != DVC]

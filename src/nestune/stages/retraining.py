@@ -142,7 +142,7 @@ def _attempt(content: Mapping[str, Any], config: RunConfig) -> str:
     paths = [data["train"], *([] if isinstance(config.data.valid, float) else [data["valid"]]), data["test"]]
     paths += [*data["retention"].values(), content["retention"]["replay"]["files"]]
     files = {str(file): sha256_file(file) for named in paths if named for file in find_files(named)}
-    decides = {key: block for key, block in content.items() if key not in ("name", "registry")}
+    decides = {key: block for key, block in content.items() if key not in ("name", "registry", "dvc")}
     return hashlib.sha256(json.dumps([decides, files], sort_keys=True).encode()).hexdigest()
 
 
