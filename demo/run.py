@@ -5,20 +5,22 @@
 Makes data/ where it is missing, runs the Prefect flow for both configurations, and prints one table.
 """
 
+# ruff: noqa: E402 - the environment is settled before Prefect reads its settings
 import argparse
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-# The flow is a file of this project, not of the installed package.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from nestune.environment import set_defaults
 
-from flows.retrain import behave_on_a_terminal, run_once
+set_defaults()
 
 from nestune.cli import exit_code_of
 from nestune.config import RunConfig, load_config
 from nestune.files import read_json
+from nestune.flows.retrain import run_once
+from nestune.flows.terminal import behave_on_a_terminal
 from nestune.runs import RunPaths
 from world import write_world
 

@@ -48,6 +48,8 @@ def _action(options: argparse.Namespace) -> Callable[[argparse.Namespace], None]
         return _talk
     if options.command == "continual":
         return _continual
+    if options.command == "deploy":
+        return _deploy
     if options.command == "evaluate" and (options.adapter or options.out or options.lm_eval):
         return _evaluate_adapter
     return _run
@@ -162,6 +164,13 @@ def _continual(options: argparse.Namespace) -> None:
     configs = [load_config(path, options.set) for path in options.configs]
     end_dead_runs()
     _print(continual(configs, options.name, options.joint, options.force, tell), options)
+
+
+def _deploy(options: argparse.Namespace) -> None:
+    from nestune.config import load_config
+    from nestune.flows.serving import deploy
+
+    deploy(load_config(options.config, options.set, options.name), options.cron, options.timezone)
 
 
 def _print(result: Result, options: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ COMMANDS = {
     "continual": "train tasks in sequence, each from the adapter before, and score every model on all of them",
     "generate": "answer prompts, with the candidate of a run or any other models",
     "chat": "talk to models side by side: the base, the parent and the candidate of a run",
+    "deploy": "serve the retraining on a Prefect server, by a schedule and on its pages, until the process is ended",
     "versions": "list the versions of a registered model: what was kept, lineage, promotions",
     "compare": "compare two versions on every set that either was scored on",
     "promote": "make a version champion that the gate let pass",
@@ -46,6 +47,8 @@ def make_parser() -> argparse.ArgumentParser:
             _add_continual_options(command)
         else:
             add_run_options(command, trains=name in ("train", "run"))
+        if name == "deploy":
+            _add_deploy_options(command)
         if name == "stop":
             command.add_argument("--wait", type=float, default=60.0, metavar="S", help="seconds to wait; default 60")
         if name == "evaluate":
@@ -54,7 +57,8 @@ def make_parser() -> argparse.ArgumentParser:
             _add_export_options(command)
         if name in TALKS:
             _add_talk_options(command, name)
-        command.add_argument("--json", action="store_true", help="print the result as JSON")
+        if name != "deploy":
+            command.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
 
 
@@ -119,6 +123,13 @@ def _add_talk_options(parser: argparse.ArgumentParser, command: str) -> None:
     )
     parser.add_argument(
         "--max-tokens", type=_positive, metavar="N", help="tokens of an answer; default evaluation.max_answer_tokens"
+    )
+
+
+def _add_deploy_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cron", metavar="WHEN", help="e.g. '0 3 * * 1', Mondays at three; none: only when asked to")
+    parser.add_argument(
+        "--timezone", default="UTC", metavar="ZONE", help="of the schedule, e.g. Europe/Berlin; default UTC"
     )
 
 

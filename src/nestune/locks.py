@@ -42,15 +42,18 @@ UNKNOWN = Owner(0, "this machine", "it has not said what", "just now", "")
 
 @contextmanager
 def held(
-    path: Path, command: str, what: str, waiting: Callable[[Owner], None] | None = None, remedy: str = ""
+    path: Path, command: str, what: str, waiting: Callable[[Owner | None], None] | None = None, remedy: str = ""
 ) -> Iterator[Owner]:
     """Hold a lock while the block runs; `what` it protects is for the message.
 
-    While another process has it, `waiting` is called again and again with its owner. Without `waiting`, raises
-    BusyError, with the remedy. Raises StorageError where the lock's file cannot be written.
+    While another process has it, `waiting` is called again and again with its owner, and once the wait is over with
+    None. Without `waiting`, raises BusyError, with the remedy. Raises StorageError where the lock's file cannot be
+    written.
     """
-    handle = _acquire(path, what, waiting, remedy)
+    handle, waited = _acquire(path, what, waiting, remedy)
     try:
+        if waiting is not None and waited:
+            waiting(None)
         since = datetime.now(UTC).isoformat(timespec="seconds")
         owner = Owner(os.getpid(), socket.gethostname(), command, since, uuid.uuid4().hex)
         with writing(path):
@@ -76,16 +79,18 @@ def owner_of(path: Path) -> Owner | None:
         os.close(handle)
 
 
-def _acquire(path: Path, what: str, waiting: Callable[[Owner], None] | None, remedy: str) -> int:
-    give_up_at = time.monotonic() + PATIENCE_S
+def _acquire(path: Path, what: str, waiting: Callable[[Owner | None], None] | None, remedy: str) -> tuple[int, bool]:
+    """An open file that holds the lock, and whether an owner was waited for."""
+    give_up_at, waited = time.monotonic() + PATIENCE_S, False
     while (handle := _try(path)) is None:
         owner = owner_of(path)
         if owner is not None and time.monotonic() > give_up_at:
             if waiting is None:
                 raise BusyError(f"{what} is in use by {owner}. {remedy or 'Wait for it to end'}.")
             waiting(owner)
+            waited = True
         time.sleep(ASK_EVERY_S)
-    return handle
+    return handle, waited
 
 
 def _try(path: Path) -> int | None:

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -35,16 +35,17 @@ class RunState:
 
 
 @contextmanager
-def owned(run: RunPaths, command: str) -> Iterator[Owner]:
+def owned(run: RunPaths, command: str, waiting: Callable[[Owner | None], None] | None = None) -> Iterator[Owner]:
     """Be the only process at work on a run while the block runs; what a killed one left unfinished is ended first.
 
-    Raises BusyError, with its process id, when another process is at work on it, and StorageError when its folder
+    While another process is at work on it, `waiting` is called again and again with that, and once the wait is over
+    with None; without `waiting`, raises BusyError, with its process id. Raises StorageError when the run's folder
     cannot be written. A folder in which nothing was written goes again.
     """
     remedy = f"Wait for it to end, or end it: nestune stop {run.root.name}"
     made = [folder for folder in (run.root, *run.root.parents) if not folder.exists()]
     try:
-        with held(run.lock, command, f"run {run.root.name}", remedy=remedy) as owner:
+        with held(run.lock, command, f"run {run.root.name}", waiting, remedy) as owner:
             tidy(run.root)
             if stop_token(run) != owner.token:
                 remove(run.stop_request)

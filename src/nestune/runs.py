@@ -36,6 +36,11 @@ class RunPaths:
         return self.root / "config.yaml"
 
     @property
+    def retraining(self) -> Path:
+        """What a scheduled retraining has found to be new; other runs have none."""
+        return self.root / "retraining.json"
+
+    @property
     def dataset(self) -> Path:
         return self.root / "dataset"
 

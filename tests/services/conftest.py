@@ -101,7 +101,9 @@ def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect]:
         port = free.getsockname()[1]
     environment = {
         **os.environ,
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": str(ROOT / "src"),
+        # A weekly schedule is played for more weeks than Prefect plans ahead.
+        "PREFECT_SERVER_SERVICES_SCHEDULER_MIN_RUNS": "8",
         "OMP_NUM_THREADS": "1",
         "PREFECT_HOME": str(folder / "home"),
         "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",

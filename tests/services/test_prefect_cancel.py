@@ -28,7 +28,8 @@ with owned(run, "Prefect flow run"), recorded(run, "train", sys.argv[2]):
 """
 NEXT_START = """
 from prefect import flow
-from flows.retrain import end_dead_runs, end_flow_run
+from nestune.flows.flow_state import end_flow_run
+from nestune.stages.dead_runs import end_dead_runs
 flow(name="next")(lambda: end_dead_runs(end_flow_run))()
 """
 

@@ -125,6 +125,11 @@ class DataConfig(Strict):
         "fail", description="fail: stop at bad records; quarantine: move them to rejected.jsonl and go on"
     )
     allow_duplicates: bool = Field(False, description="true: records repeated within one set are no fault")
+    only_new: bool = Field(
+        False,
+        description="true: records of train that the parent adapter, or one before it, was trained on or held out, are "
+        "left out, and counted",
+    )
     max_seq_length: PositiveInt = Field(2048, ge=2, description="tokens of a record that are kept")
     max_line_bytes: PositiveInt = Field(10_000_000, description="bytes of the longest line that is read")
 

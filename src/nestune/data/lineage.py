@@ -25,10 +25,8 @@ from nestune.foreign_files import parse_json, read_bounded
 from nestune.runs import NAME, RunPaths
 
 LINEAGE = "lineage"
-REMEDY = (
-    "Put one of them back (dvc fetch gets what is in a remote), or set retention.replay.earlier_tasks=false and name "
-    "files in retention.replay.files."
-)
+PUT_BACK = "Put one of them back (dvc fetch gets what is in a remote)"
+REMEDY = f"{PUT_BACK}, or set retention.replay.earlier_tasks=false and name files in retention.replay.files."
 
 
 # They become parts of paths, and arguments of git.
@@ -112,7 +110,7 @@ def earlier_tasks(adapter: Path) -> list[EarlierTask]:
     )
 
 
-def rows_of(task: EarlierTask, name: Set, runs: Path, into: Path) -> Path:
+def rows_of(task: EarlierTask, name: Set, runs: Path, into: Path, remedy: str = REMEDY) -> Path:
     """The file of a set of a task, `train` or what it held out, with the bytes that it had.
 
     runs: the folder of all runs; into: the folder that takes a set which is divided anew from its sources.
@@ -144,7 +142,7 @@ def rows_of(task: EarlierTask, name: Set, runs: Path, into: Path) -> Path:
     looked_for = "\n".join(f"  {where}" for where in tried)
     raise ConfigError(
         f"the {name} rows of the earlier task {task.run} (sha256 {sha256[:12]}) are not found. Looked for:\n"
-        f"{looked_for}\n{REMEDY}"
+        f"{looked_for}\n{remedy}"
     )
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, count, islice
 from pathlib import Path
@@ -92,6 +92,16 @@ def read_records(path: Path, max_line_bytes: int, tally: Counter[str] | None = N
             yield from outcome
     if empty:
         yield Fault(str(path), 0, "", "empty file: no records", "Write a record a line into it, or leave it out")
+
+
+def digests_in(paths: Iterable[Path]) -> set[bytes]:
+    """The digest of each good record of some files."""
+    return {
+        record.digest
+        for path in paths
+        for record in read_records(path, max(1, path.stat().st_size))
+        if isinstance(record, Record)
+    }
 
 
 def read_lines(path: Path, max_line_bytes: int) -> Iterator[Line]:

@@ -34,7 +34,8 @@ class SetReport:
     records: accepted ones, by format in `formats`; tokens and supervised_tokens: their sums; tokens_of_a_record:
     min, median and max; truncated: records cut to data.max_seq_length; duplicates: accepted repetitions;
     rejected: lines that cannot be used, their faults by kind in `faults`; ignored_keys: how many records have keys
-    beside those of their format; left_out: good ones beyond what `retention.replay.store` keeps.
+    beside those of their format; left_out: good ones beyond what `retention.replay.store` keeps; known: good ones that
+    an earlier task has, left out by `data.only_new`.
     """
 
     records: int
@@ -49,6 +50,7 @@ class SetReport:
     blank_lines: int
     ignored_keys: dict[str, int]
     left_out: int = 0
+    known: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ def settings_of(
         "earlier_tasks": [[sets.task, sets.train_sha256, sets.held_out_sha256] for sets in earlier],
         "store": {"rows": store, "seed": seed} if store else None,
         "valid_is_halved": valid_is_halved(data, retention),
+        "only_new": data.only_new or None,
     }
 
 
@@ -130,6 +133,7 @@ def report_set(
         blank_lines=tally["blank_lines"],
         ignored_keys=dict(sorted(ignored_keys.items())),
         left_out=tally["left_out"],
+        known=tally["known"],
     )
 
 

@@ -42,17 +42,19 @@ def build_dataset(
     vocabulary: int | None = None,
     earlier: Sequence[EarlierSets] = (),
     seed: int = 0,
+    known: Container[bytes] = frozenset(),
 ) -> DatasetReport:
     """Write the files of a dataset, its report and Data Docs into `folder`, which appears whole or not at all.
 
-    earlier: tasks whose rows are replayed and measured, too; seed: draws the rows that `retention.replay.store` keeps.
+    earlier: tasks whose rows are replayed and measured, too; seed: draws the rows that `retention.replay.store` keeps;
+    known: digests of records that are left out of train, and counted.
     Raises DataError with every fault when records cannot be used and data.on_invalid is fail, when no record of a
     set can, or when an expectation is not met; ConfigError when the tokenizer cannot render a chat, or writes tokens
     beyond the base's `vocabulary`.
     """
     with replaced_folder(folder) as new:
         builder = _Builder(data, retention, tokenizer, vocabulary, new, earlier, seed)
-        train = builder.read("train", find_files(data.train), trained={})
+        train = builder.read("train", find_files(data.train), trained={}, known=known)
         sources = [find_files([entry]) for entry in retention.replay.files]
         sources += [[sets.train] for sets in earlier if sets.train is not None]
         store = retention.replay.store
@@ -99,9 +101,16 @@ class _Builder:
         self.example = ""
 
     def read(
-        self, name: str, files: Sequence[Path], trained: Mapping[bytes, int], most: int | None = None
+        self,
+        name: str,
+        files: Sequence[Path],
+        trained: Mapping[bytes, int],
+        most: int | None = None,
+        known: Container[bytes] = frozenset(),
     ) -> dict[bytes, int]:
         """Write the good records of `files`, drawn at random where there are more than `most`; note every fault.
+
+        Those that are `known` are only counted.
 
         Returns the digest of each record with its number in the profile. Records that are in `trained` are
         faults, as are repeated ones unless they are allowed.
@@ -122,6 +131,9 @@ class _Builder:
                     continue
                 record, row = outcome
                 digest = record.digest
+                if digest in known:
+                    tally["known"] += 1
+                    continue
                 repetition = self._repetition(record, digest, seen, trained)
                 if repetition is not None:
                     faults.append(repetition)
@@ -148,7 +160,11 @@ class _Builder:
             )
         for name, found in self.faults.items():
             if not len(self.profile.rows_of(name)):
-                raise DataError(f"{name}: not one of its records can be used; nothing was written. Mend them", found)
+                known = self.tallies[name]["known"]
+                left_out = f", {known} being of an earlier task (data.only_new)" if known else ""
+                raise DataError(
+                    f"{name}: not one of its records can be used{left_out}; nothing was written. Mend them", found
+                )
         with (self.folder / "rejected.jsonl").open("w", encoding="utf-8", newline="\n") as file:
             for name, found in self.faults.items():
                 for fault, raw in _with_raw_lines(found):

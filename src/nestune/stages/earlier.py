@@ -4,11 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from nestune.config import RunConfig
-from nestune.data.lineage import EarlierTask, Set, earlier_tasks, rows_of, unique_names
+from nestune.data.lineage import PUT_BACK, EarlierTask, Set, earlier_tasks, rows_of, unique_names
 from nestune.data.report import EarlierSets
 from nestune.errors import ConfigError
 from nestune.registry.versions import resolve_adapter
 from nestune.runs import RUNS, RunPaths
+
+KNOWN_REMEDY = f"{PUT_BACK}; what was learned before cannot be told from what is new without them."
 
 
 def earlier_sets(config: RunConfig, candidate: Path | None = None) -> list[EarlierSets]:
@@ -35,6 +37,27 @@ def find_earlier_sets(config: RunConfig, run: RunPaths) -> list[EarlierSets]:
                 faults.append(str(error))
         if len(paths) == 2:
             found.append(replace(sets, train=paths[0], held_out=paths[1]))
+    if faults:
+        raise ConfigError("\n".join(faults))
+    return found
+
+
+def known_files(config: RunConfig, run: RunPaths) -> list[Path]:
+    """The files of all rows that the parent, and the adapters before it, were trained on or held out; none: no parent.
+
+    Raises ConfigError with all that are not found.
+    """
+    if config.model.adapter is None:
+        return []
+    tasks = earlier_tasks(resolve_adapter(config.model.adapter, config.registry))
+    found: list[Path] = []
+    faults: list[str] = []
+    for task in tasks:
+        for name in task.sets:
+            try:
+                found.append(rows_of(task, name, RUNS, run.earlier, KNOWN_REMEDY))
+            except ConfigError as error:
+                faults.append(str(error))
     if faults:
         raise ConfigError("\n".join(faults))
     return found

@@ -22,6 +22,7 @@ from nestune.runs import RunPaths, record_stage
 from nestune.stages.assign import importance_behind
 from nestune.stages.evaluate import EVALUATE_AGAIN, check_seal
 from nestune.stages.promote import promote
+from nestune.stages.retraining import attempt_tags
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def register(config: RunConfig, run: RunPaths) -> RegisterResult:
     card = model_card(report, tags, folder_at(lineage["base"]), config.registry.registered_model)
     files = {REPORT: path.read_bytes(), CARD: card.encode("utf-8")}
     tags |= {REPORT_SHA256: sha256_file(path), SCORES: json.dumps(_scores(report))}
-    tags[STEP] = str(report["candidate"]["step"])
+    tags |= {STEP: str(report["candidate"]["step"])} | attempt_tags(run)
     version = register_version(config, tracked.run_id, candidate, tags, files)
 
     gate, reason = "passed" if report["passed"] else "refused", report["reason"]

@@ -1,6 +1,7 @@
 """Stage train: from the validated dataset and the tier map to checkpoints, and to the candidate made of one."""
 
 import logging
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from nestune.config import RunConfig, dump_config
 from nestune.data.batches import evaluation_batches
 from nestune.errors import RunError, ServiceError, StoppedError
 from nestune.files import sha256_file, write_text
+from nestune.locks import Owner
 from nestune.registry.catching_up import mark_killed, send_what_is_missing
 from nestune.registry.mirror import metrics_of_step, metrics_of_validation
 from nestune.registry.tracking import TrackedRun, tracked_run
@@ -96,13 +98,21 @@ def check_before_training(
     return checkpoint
 
 
-def train(config: RunConfig, run: RunPaths, force: bool = False, resume: bool = False) -> TrainResult:
+def train(
+    config: RunConfig,
+    run: RunPaths,
+    force: bool = False,
+    resume: bool = False,
+    waiting: Callable[[Owner | None], None] | None = None,
+) -> TrainResult:
     """Train the adapter and write checkpoints, metrics and the candidate, or go on with that.
 
     Where training has ended, only the candidate is made, if it is missing or was made with other settings.
 
     Goes on from the newest checkpoint of the same configuration, after which weights are those of a training that was
     never interrupted: to the bit on one backend. Checkpoints that are replaced stay until the new ones are complete.
+    waiting: is called, again and again, with the training that has the accelerator while that is waited for, and with
+    None when the wait is over.
 
     Raises what `check_before_training` raises; RunError when an earlier stage is missing or its files have changed, or
     when training diverges or finds no memory; StoppedError, with a checkpoint of where it was, when the run is asked to
@@ -136,7 +146,7 @@ def train(config: RunConfig, run: RunPaths, force: bool = False, resume: bool = 
         stop = StopRequests(run)
         choice = choose_backend(config)
         alone = accelerator_held(
-            accelerator(choice), f"nestune train --name {config.name}", config.training.when_busy, stop.check
+            accelerator(choice), f"nestune train --name {config.name}", config.training.when_busy, stop.check, waiting
         )
         with signals_stop(stop), alone, told_out_of_memory():
             backend = make_backend(config)

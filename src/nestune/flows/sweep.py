@@ -1,0 +1,88 @@
+"""The flow `sweep`: a run for every point of a grid, below one MLflow run; the best goes to the registry."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, get_run_logger
+from prefect.artifacts import create_markdown_artifact
+from prefect.exceptions import CancelledRun
+from prefect.runtime import flow_run
+from prefect.states import Cancelled
+
+from nestune.errors import StoppedError
+from nestune.flows import tasks
+from nestune.flows.flow_state import end_flow_run, say_cancelled_once, turn_shown
+from nestune.flows.progress import artifact_key
+from nestune.run_state import owned
+from nestune.runs import RunPaths
+from nestune.stages.dead_runs import end_dead_runs
+from nestune.stages.finished import is_evaluated
+from nestune.stages.sweep import Point, adopt, open_parent, outcome_of, points, ranked, table
+from nestune.stages.tables import aligned
+
+
+@flow(name="sweep")
+def sweep(
+    path: str, grid: dict[str, list[Any]], overrides: tuple[str, ...] = (), name: str | None = None
+) -> dict[str, Any] | Any:
+    """Train and evaluate the configuration in a file at every point of a grid, and register the best.
+
+    Best is what the gate lets pass, then what learned most less what it lost; where nothing passes, nothing is
+    registered. The same call goes on where it was ended.
+    """
+    say_cancelled_once()
+    end_dead_runs(end_flow_run)
+    made = points(Path(path), overrides, name, grid)
+    series = made[0].config.name.rpartition("-")[0]
+    parent = open_parent(made[0].config, series, grid)
+    try:
+        for point in made:
+            _train(point)
+            adopt(point, parent)
+        outcomes = ranked([outcome_of(point) for point in made])
+        best = outcomes[0]
+        registered = _register(best.point) if best.passed else None
+    except StoppedError as stopped:
+        parent.end("KILLED")
+        return Cancelled(message=str(stopped))
+    except BaseException:
+        parent.end("FAILED")
+        raise
+    parent.set_tags({"best": best.point.config.name if best.passed else "none"})
+    parent.end("FINISHED")
+    rows = table(outcomes)
+    told = f"best: {best.point.config.name}" if best.passed else "no point passed the gate; nothing is registered"
+    create_markdown_artifact(_as_markdown(rows, told), key=artifact_key("sweep", series), description=told)
+    get_run_logger().info("%s", "\n".join([*aligned(rows), told]))
+    return {"best": best.point.config.name if best.passed else None, "rows": rows, "register": registered}
+
+
+def sweep_once(path: Path, grid: Mapping[str, Sequence[Any]], overrides: Sequence[str], name: str | None) -> Any:
+    """As `sweep`; raises StoppedError when a run was asked to stop."""
+    try:
+        return sweep(str(path), {key: list(values) for key, values in grid.items()}, tuple(overrides), name)
+    except CancelledRun as stopped:
+        raise StoppedError(str(stopped)) from None
+
+
+def _train(point: Point) -> None:
+    """Take a point through its stages up to the evaluation, unless it has been."""
+    config, run = point.config, RunPaths.of(point.config.name)
+    with turn_shown() as turn, owned(run, f"Prefect flow run {flow_run.name}", turn):
+        if is_evaluated(config, run):
+            return
+        for task in (tasks.validate, tasks.tiers):
+            tasks.unless_stopped(task(config))
+        tasks.unless_stopped(tasks.train(config, False, False))
+        tasks.unless_stopped(tasks.evaluate(config))
+
+
+def _register(point: Point) -> Any:
+    with turn_shown() as turn, owned(RunPaths.of(point.config.name), f"Prefect flow run {flow_run.name}", turn):
+        return tasks.unless_stopped(tasks.register(point.config))
+
+
+def _as_markdown(rows: Sequence[Sequence[str]], told: str) -> str:
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join([told, "", *("| " + " | ".join(row) + " |" for row in lines)])
