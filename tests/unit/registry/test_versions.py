@@ -83,9 +83,12 @@ def test_the_champion_answers_as_plain_peft_with_that_adapter_does(
     assert peft_answers(base, other, PROMPTS, config.evaluation.max_answer_tokens) != expected
 
 
-def test_a_version_takes_a_list_of_texts_and_gives_one(version: str, mlflow: Any) -> None:
+def test_a_version_says_that_it_takes_questions_of_any_form_and_how_long_an_answer_may_be(
+    version: str, mlflow: Any
+) -> None:
     signature = mlflow.models.get_model_info(f"models:/nestune/{version}").signature
-    assert [str(column.type) for column in (*signature.inputs, *signature.outputs)] == ["DataType.string"] * 2
+    assert [str(column.type) for column in (*signature.inputs, *signature.outputs)] == ["Any", "DataType.string"]
+    assert signature.params.to_dict() == [{"name": "max_tokens", "type": "long", "default": 12, "shape": None}]
 
 
 def test_a_version_holds_the_adapter_and_code_only_no_weights_of_the_base_and_no_pickle(
