@@ -54,7 +54,7 @@ def configured(project: Path) -> Configured:
 
 def run_python(*arguments: object, expect: int = 0) -> subprocess.CompletedProcess[str]:
     """Run Python on the arguments in the current folder, and check its exit code."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PREFECT_HOME": str(Path.cwd() / "prefect")}
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "PREFECT_HOME": str(Path.cwd() / "prefect")}
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == expect, f"{done.stdout}\n{done.stderr}"

@@ -28,7 +28,10 @@ class ComputingThread:
         """What the call returns, or raises, once those before it are done."""
         outcome: Future[T] = Future()
         self._calls.put((call, outcome))
-        return outcome.result()
+        try:
+            return outcome.result()
+        finally:
+            del outcome  # an error that it holds holds this frame, and with it the thread
 
 
 def _work(calls: Calls) -> None:

@@ -137,12 +137,14 @@ def test_a_version_answers_the_same_where_only_mlx_is_installed(
     pytest.importorskip("mlx_lm")
     program = (
         "import json, sys\n"
+        "from concurrent.futures import ThreadPoolExecutor\n"
         "sys.modules.update(dict.fromkeys(['torch', 'peft']))\n"
         "import mlflow\n"
         f"mlflow.set_tracking_uri({config.registry.tracking_uri!r})\n"
         f"model = mlflow.pyfunc.load_model('models:/nestune/{version}')\n"
         "assert 'mlx.core' in sys.modules\n"
-        f"print(json.dumps(model.predict({PROMPTS!r})))\n"
+        "with ThreadPoolExecutor(3) as clients:\n"
+        f"    print(json.dumps(list(clients.map(lambda prompt: model.predict([prompt])[0], {PROMPTS!r}))))\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
