@@ -145,7 +145,7 @@ def _talk(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.set, options.name)
     run = RunPaths.of(config.name)
     if options.command == "generate":
-        _print(generate(config, run, options.prompts, options.adapter, options.max_tokens), options)
+        _print(generate(config, run, options.prompts, options.adapter, options.max_tokens, options.file), options)
         return
     if sys.stdin.isatty():
         print("/new begins anew, Ctrl-D ends", file=sys.stderr)

@@ -113,7 +113,13 @@ def _add_evaluate_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_talk_options(parser: argparse.ArgumentParser, command: str) -> None:
     if command == "generate":
-        parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="what is asked")
+        parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what is asked")
+        parser.add_argument(
+            "--file",
+            type=Path,
+            metavar="FILE",
+            help='JSONL with more to ask, {"prompt": "..."} or {"messages": [...]} a line; /dev/stdin reads a pipe',
+        )
     parser.add_argument(
         "--adapter",
         action="append",

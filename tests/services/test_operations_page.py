@@ -14,7 +14,9 @@ from tests.services.conftest import Prefect, end, until
 pytestmark = pytest.mark.services
 
 NAME = "demo-nestune"
-BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "operations.md").read_text(encoding="utf-8"), re.DOTALL)
+PAGE = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+# Those of serving are run by test_serving.py.
+BLOCKS = re.findall(r"```bash\n(.*?)```", PAGE.partition("\n## Serving\n")[0], re.DOTALL)
 
 
 @pytest.fixture

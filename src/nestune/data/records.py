@@ -126,7 +126,7 @@ def read_lines(path: Path, max_line_bytes: int) -> Iterator[Line]:
 
 def parse(file: str, line: Line) -> Record | list[Fault]:
     """The record on a line, or all its faults (the first 20)."""
-    content, findings = _decode(line)
+    content, findings = decode(line, SHAPES)
     if isinstance(content, dict):
         findings = chain(findings, _shape_findings(content))
     faults = [Fault(file, line.number, *finding) for finding in islice(findings, MAX_FAULTS_OF_A_RECORD)]
@@ -136,8 +136,11 @@ def parse(file: str, line: Line) -> Record | list[Fault]:
     return Record(file, line.number, kind, content)
 
 
-def _decode(line: Line) -> tuple[Any, Iterator[Finding]]:
-    """The JSON value on a line with what is wrong with its values; None where it cannot be read."""
+def decode(line: Line, shapes: str) -> tuple[Any, Iterator[Finding]]:
+    """The JSON value on a line with what is wrong with its values; None where it cannot be read.
+
+    shapes: the objects that are taken, for the remedy of a line that holds none.
+    """
     mend = "Write each record as one JSON object on one line"
     if line.size > line.limit:
         problem = f"line too long: {line.size} bytes; data.max_line_bytes is {line.limit}"
@@ -146,7 +149,7 @@ def _decode(line: Line) -> tuple[Any, Iterator[Finding]]:
     try:
         text = line.content.decode("utf-8")
         value = json.loads(text, object_pairs_hook=lambda pairs: _object_noting_repeated_keys(pairs, repeated))
-        bad_values = list(islice(_bad_values(value, "", 0), MAX_FAULTS_OF_A_RECORD))
+        bad_values = list(islice(value_findings(value), MAX_FAULTS_OF_A_RECORD))
     except UnicodeDecodeError as error:
         problem = f"not UTF-8: byte 0x{line.content[error.start]:02x} at byte {error.start + 1} of the line"
         return None, iter([("", problem, "Save the file as UTF-8")])
@@ -164,8 +167,8 @@ def _decode(line: Line) -> tuple[Any, Iterator[Finding]]:
         (_path("", key), "repeated key: the object has it more than once", "Keep one of them") for key in repeated
     ]
     if not isinstance(value, dict):
-        problem = f"not an object: {_json_type(value)}, {value!r:.60}"
-        findings.append(("", problem, f"Write each record as one object on one line: {SHAPES}"))
+        problem = f"not an object: {json_type(value)}, {value!r:.60}"
+        findings.append(("", problem, f"Write each record as one object on one line: {shapes}"))
     return value, chain(findings, bad_values)
 
 
@@ -176,17 +179,17 @@ def _object_noting_repeated_keys(pairs: list[tuple[str, Any]], repeated: list[st
     return result
 
 
-def _bad_values(value: Any, path: str, depth: int) -> Iterator[Finding]:
+def value_findings(value: Any, path: str = "", depth: int = 0) -> Iterator[Finding]:
     """Numbers and characters that no JSON or no UTF-8 file can hold; raises RecursionError below 64 levels."""
     if depth > MAX_DEPTH:
         raise RecursionError
     if isinstance(value, dict):
         for key, item in value.items():
             yield from _bad_characters(key, _path(path, key))
-            yield from _bad_values(item, _path(path, key), depth + 1)
+            yield from value_findings(item, _path(path, key), depth + 1)
     elif isinstance(value, list):
         for index, item in enumerate(value):
-            yield from _bad_values(item, f"{path}[{index}]", depth + 1)
+            yield from value_findings(item, f"{path}[{index}]", depth + 1)
     elif isinstance(value, str):
         yield from _bad_characters(value, path)
     elif isinstance(value, float) and not math.isfinite(value):
@@ -207,15 +210,17 @@ def _shape_findings(content: dict[str, Any]) -> Iterator[Finding]:
     kinds = [kind for kind, keys in FORMATS.items() if any(key in content for key in keys)]
     if len(kinds) != 1:
         which = "unknown shape" if not kinds else "more than one shape"
-        yield "", f"{which}: {_keys_of(content)}", f"Write each record as {SHAPES}"
+        yield "", f"{which}: {keys_of(content)}", f"Write each record as {SHAPES}"
     elif kinds == ["messages"]:
-        yield from _message_findings(content["messages"])
+        yield from turn_findings(content["messages"])
+        yield from _last_turn_findings(content["messages"])
     else:
         for key in FORMATS[kinds[0]]:
-            yield from _text_findings(content, key, "")
+            yield from text_findings(content, key, "")
 
 
-def _message_findings(messages: Any) -> Iterator[Finding]:
+def turn_findings(messages: Any) -> Iterator[Finding]:
+    """What is wrong with the turns of a chat, whoever speaks last."""
     if not isinstance(messages, list) or not messages:
         problem = f"not a list of turns: {messages!r:.60}"
         yield "messages", problem, 'Write [{"role": "user", "content": "..."}, {"role": "assistant", ...}]'
@@ -224,37 +229,42 @@ def _message_findings(messages: Any) -> Iterator[Finding]:
     for index, message in enumerate(messages):
         field = f"messages[{index}]"
         if not isinstance(message, dict):
-            problem = f"not an object: {_json_type(message)}, {message!r:.60}"
+            problem = f"not an object: {json_type(message)}, {message!r:.60}"
             yield field, problem, 'Write each turn as {"role": "...", "content": "..."}'
             continue
         role = message.get("role")
         user_spoke = user_spoke or role == "user"
         if "role" not in message:
-            yield f"{field}.role", f"missing: {_keys_of(message)}", f"Add it: one of {', '.join(ROLES)}"
+            yield f"{field}.role", f"missing: {keys_of(message)}", f"Add it: one of {', '.join(ROLES)}"
         elif role not in ROLES:
             yield f"{field}.role", f"wrong role: {role!r:.60}", f"Use one of {', '.join(ROLES)}"
         elif role == "system" and index > 0:
             yield f"{field}.role", f"system turn not first: it is turn {index + 1}", "Move it to the front"
         elif role == "assistant" and not user_spoke:
             yield f"{field}.role", "no user turn before it: the assistant speaks first", "Put a user's turn before it"
-        yield from _text_findings(message, "content", field)
-    last = messages[-1]
+        yield from text_findings(message, "content", field)
+
+
+def _last_turn_findings(messages: Any) -> Iterator[Finding]:
+    last = messages[-1] if isinstance(messages, list) and messages else None
     if isinstance(last, dict) and last.get("role") in ROLES and last["role"] != "assistant":
         problem = f"last turn not the assistant's: {last['role']!r}"
         yield f"messages[{len(messages) - 1}].role", problem, "End with the assistant's turn; that is what is learned"
 
 
-def _text_findings(owner: Mapping[str, Any], key: str, path: str) -> Iterator[Finding]:
+def text_findings(owner: Mapping[str, Any], key: str, path: str) -> Iterator[Finding]:
+    """What is wrong with the text under a key of an object."""
     field = _path(path, key)
     if key not in owner:
-        yield field, f"missing: {_keys_of(owner)}", "Add it"
+        yield field, f"missing: {keys_of(owner)}", "Add it"
     elif not isinstance(owner[key], str):
-        yield field, f"not a text: {_json_type(owner[key])}, {owner[key]!r:.60}", "Write it as a string"
+        yield field, f"not a text: {json_type(owner[key])}, {owner[key]!r:.60}", "Write it as a string"
     elif not owner[key].strip():
         yield field, f"empty: {owner[key]!r:.60}", "Fill it in, or remove the record"
 
 
-def _keys_of(content: Mapping[str, Any]) -> str:
+def keys_of(content: Mapping[str, Any]) -> str:
+    """The keys of an object, the first ones, as a finding tells them."""
     if not content:
         return "the object has no keys"
     shown = [f"{key!r:.40}" for key in islice(content, 8)]
@@ -267,7 +277,8 @@ def _path(parent: str, key: str) -> str:
     return f"{parent}.{key}" if parent else key
 
 
-def _json_type(value: Any) -> str:
+def json_type(value: Any) -> str:
+    """What a value is called in JSON."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
 

@@ -3,6 +3,7 @@
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version as installed_version
@@ -20,6 +21,7 @@ from nestune.files import read_json, sha256_file
 from nestune.foreign_files import folder_at, parse_json
 from nestune.registry.connection import connect, environment_defaults, speaking_to, unrepeated
 from nestune.registry.connection import tracking_uri as address
+from nestune.registry.serving import MAX_TOKENS
 
 CANDIDATE = "candidate"
 CHAMPION = "champion"
@@ -286,6 +288,8 @@ def _create_version(client: Any, config: RunConfig, run_id: str, checkpoint: Pat
 def _save_model(model: Any, config: RunConfig, metadata: Mapping[str, Any], checkpoint: Path, folder: Path) -> None:
     """Write an MLflow model: the adapter with its metadata, the code that serves it, and where the base is."""
     from mlflow import pyfunc
+    from mlflow.models.model import MLMODEL_FILE_NAME
+    from mlflow.types import DataType, ParamSchema, ParamSpec
 
     adapter = folder.with_name("adapter")
     adapter.mkdir()
@@ -298,9 +302,9 @@ def _save_model(model: Any, config: RunConfig, metadata: Mapping[str, Any], chec
         "dtype": config.model.dtype,
         "precision": config.training.precision,
         "lora": config.lora.model_dump(mode="json"),
-        "max_new_tokens": config.evaluation.max_answer_tokens,
     }
-    with environment_defaults(MODEL_SETTINGS):
+    # MLflow warns, whatever the filters say, that it cannot check questions of more than one type; `serving` does.
+    with environment_defaults(MODEL_SETTINGS), warnings.catch_warnings(record=True):
         pyfunc.save_model(
             path=str(folder),
             mlflow_model=model,
@@ -309,6 +313,10 @@ def _save_model(model: Any, config: RunConfig, metadata: Mapping[str, Any], chec
             model_config=settings,
             pip_requirements=[f"{package}=={_installed(package)}" for package in REQUIREMENTS[metadata["backend"]]],
         )
+    # Of parameters it learns only by an example that it runs, for which the base would have to be loaded.
+    default = ParamSpec(MAX_TOKENS, DataType.long, config.evaluation.max_answer_tokens)
+    model.signature.params = ParamSchema([default])
+    model.save(str(folder / MLMODEL_FILE_NAME))
 
 
 def _installed(package: str) -> str:

@@ -8,9 +8,10 @@ from typing import Any
 from nestune.backends.factory import make_backend
 from nestune.base_model import resolve_base
 from nestune.config import RunConfig
+from nestune.data.questions import Question, check_questions, read_questions
 from nestune.data.tokens import load_tokenizer
 from nestune.errors import ConfigError
-from nestune.evaluation.answers import Turns, answer
+from nestune.evaluation.answers import answer
 from nestune.registry.versions import resolve_adapter
 from nestune.runs import RunPaths
 
@@ -20,9 +21,9 @@ ANEW = "/new"
 
 @dataclass(frozen=True)
 class GenerateResult:
-    """Prompts, and the answer of each model to each of them, by the model's name."""
+    """Questions, and the answer of each model to each of them, by the model's name."""
 
-    prompts: tuple[str, ...]
+    prompts: tuple[Question, ...]
     answers: Mapping[str, tuple[str, ...]]
 
     def as_dict(self) -> dict[str, Any]:
@@ -35,22 +36,33 @@ class GenerateResult:
             return list(*self.answers.values())
         lines = []
         for place, prompt in enumerate(self.prompts):
-            lines += [f"> {prompt}", *side_by_side({name: said[place] for name, said in self.answers.items()})]
+            lines += [f"> {text}" for text in _turns_of(prompt)]
+            lines += side_by_side({name: said[place] for name, said in self.answers.items()})
         return lines
 
 
 def generate(
-    config: RunConfig, run: RunPaths, prompts: Sequence[str], models: Sequence[str] = (), max_tokens: int | None = None
+    config: RunConfig,
+    run: RunPaths,
+    prompts: Sequence[str],
+    models: Sequence[str] = (),
+    max_tokens: int | None = None,
+    file: Path | None = None,
 ) -> GenerateResult:
     """The greedy answers of models to prompts, as a served version of them would answer.
 
     models: `base`, `parent`, `candidate`, folders of adapters or `models:/` addresses; by default the candidate of the
-    run, or the base where there is none. max_tokens: by default `evaluation.max_answer_tokens`. Raises ConfigError when
-    there is no such model.
+    run, or the base where there is none. max_tokens: by default `evaluation.max_answer_tokens`. file: JSONL with more
+    questions, `{"prompt": ...}` or `{"messages": [...]}` a line. Raises ConfigError when there is no such model, or
+    nothing is asked; DataError for what is no question.
     """
+    questions = check_questions(prompts, "prompts")
+    questions += read_questions(file, config.data.max_line_bytes) if file is not None else []
+    if not questions:
+        raise ConfigError("nothing is asked. Give a PROMPT, or --file with questions.")
     answers = _Models(config, run, models, max_tokens)
     return GenerateResult(
-        tuple(prompts), {name: tuple(answers.of(name, prompt) for prompt in prompts) for name in answers.names}
+        tuple(questions), {name: tuple(answers.of(name, asked) for asked in questions) for name in answers.names}
     )
 
 
@@ -95,14 +107,25 @@ class _Models:
         chosen = models or [CANDIDATE if run.candidate.is_dir() else BASE]
         self._folders = {name: _folder(name, config, run) for name in chosen}
         self._backend = make_backend(config)
-        self._tokenizer = load_tokenizer(resolve_base(config.model).folder)
+        base = resolve_base(config.model)
+        self._tokenizer, self._positions = load_tokenizer(base.folder), base.positions
         self._max_tokens = max_tokens or config.evaluation.max_answer_tokens
         self.names = tuple(self._folders)
+        self._shown: str | None = None
 
-    def of(self, name: str, prompt: str | Turns) -> str:
+    def of(self, name: str, question: Question) -> str:
         """The answer of a model."""
-        self._backend.show_adapter(self._folders[name])
-        return answer(self._backend, self._tokenizer, prompt, self._max_tokens)
+        if name != self._shown:
+            self._backend.show_adapter(self._folders[name])
+            self._shown = name
+        return answer(self._backend, self._tokenizer, question, self._max_tokens, self._positions)
+
+
+def _turns_of(question: Question) -> list[str]:
+    """What is asked, for a person: the prompt, or each turn with who speaks."""
+    if isinstance(question, str):
+        return [question]
+    return [f"{turn['role']}: {turn['content']}" for turn in question]
 
 
 def _folder(name: str, config: RunConfig, run: RunPaths) -> Path | None:

@@ -14,7 +14,7 @@ from nestune.base_model import resolve_base
 from nestune.cli import main
 from nestune.config import RunConfig
 from nestune.data.tokens import load_tokenizer
-from nestune.errors import ConfigError
+from nestune.errors import ConfigError, DataError
 from nestune.evaluation.answers import answer, asked
 from nestune.registry.promotion import promote_version
 from nestune.registry.versions import register_version
@@ -100,3 +100,33 @@ def test_the_commands_say_the_same(
     assert json.loads(capsys.readouterr().out) == {str(adapter): said.answers[str(adapter)][0]}
     assert main(["generate", "x", "--config", "run.yaml", "--adapter", "candidate"]) == 2
     assert "run week.1 has no candidate" in capsys.readouterr().err
+
+
+def test_questions_come_from_a_file_too_and_what_is_none_is_told_with_its_line(
+    config: RunConfig, adapter: Path, tmp_path: Path
+) -> None:
+    turns = [{"role": "user", "content": PROMPTS[0]}]
+    file, run = tmp_path / "asked.jsonl", RunPaths(tmp_path / "none")
+    file.write_text(f"{json.dumps({'messages': turns})}\n\n{json.dumps({'prompt': PROMPTS[1]})}\n")
+    result = generate(config, run, PROMPTS[:1], [str(adapter)], file=file)
+    assert result.as_dict()["prompts"] == [PROMPTS[0], turns, PROMPTS[1]]
+    first, chat_of_one_turn, other = result.answers[str(adapter)]
+    assert first == chat_of_one_turn != other
+    assert f"> user: {PROMPTS[0]}" in result.summary()
+    lines = ['{"prompt": "x", "completion": "y"}', '{"messages": [{"role": "user"}]}', '"x"', '{"prompt": ']
+    file.write_text("\n".join(lines))
+    with pytest.raises(DataError) as caught:
+        generate(config, run, [], [str(adapter)], file=file)
+    told = str(caught.value).splitlines()[1:]
+    assert [line.partition(f"{file}:")[2][:1] for line in told] == ["1", "2", "3", "4"]
+    assert "the keys are 'prompt', 'completion'" in told[0]
+    assert "messages[0].content: missing" in told[1]
+    assert "not an object: a string, 'x'" in told[2]
+    assert "broken JSON" in told[3]
+    file.write_text("\n")
+    with pytest.raises(DataError, match=r"holds no questions\. Write one a line"):
+        generate(config, run, [], [str(adapter)], file=file)
+    with pytest.raises(ConfigError, match=r"nothing is asked\. Give a PROMPT, or --file"):
+        generate(config, run, [], [str(adapter)])
+    with pytest.raises(DataError, match=r"prompts\[0\]: empty: ' '"):
+        generate(config, run, [" "], [str(adapter)])

@@ -83,9 +83,12 @@ def test_the_champion_answers_as_plain_peft_with_that_adapter_does(
     assert peft_answers(base, other, PROMPTS, config.evaluation.max_answer_tokens) != expected
 
 
-def test_a_version_takes_a_list_of_texts_and_gives_one(version: str, mlflow: Any) -> None:
+def test_a_version_says_that_it_takes_questions_of_any_form_and_how_long_an_answer_may_be(
+    version: str, mlflow: Any
+) -> None:
     signature = mlflow.models.get_model_info(f"models:/nestune/{version}").signature
-    assert [str(column.type) for column in (*signature.inputs, *signature.outputs)] == ["DataType.string"] * 2
+    assert [str(column.type) for column in (*signature.inputs, *signature.outputs)] == ["Any", "DataType.string"]
+    assert signature.params.to_dict() == [{"name": "max_tokens", "type": "long", "default": 12, "shape": None}]
 
 
 def test_a_version_holds_the_adapter_and_code_only_no_weights_of_the_base_and_no_pickle(
@@ -134,12 +137,14 @@ def test_a_version_answers_the_same_where_only_mlx_is_installed(
     pytest.importorskip("mlx_lm")
     program = (
         "import json, sys\n"
+        "from concurrent.futures import ThreadPoolExecutor\n"
         "sys.modules.update(dict.fromkeys(['torch', 'peft']))\n"
         "import mlflow\n"
         f"mlflow.set_tracking_uri({config.registry.tracking_uri!r})\n"
         f"model = mlflow.pyfunc.load_model('models:/nestune/{version}')\n"
         "assert 'mlx.core' in sys.modules\n"
-        f"print(json.dumps(model.predict({PROMPTS!r})))\n"
+        "with ThreadPoolExecutor(3) as clients:\n"
+        f"    print(json.dumps(list(clients.map(lambda prompt: model.predict([prompt])[0], {PROMPTS!r}))))\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
