@@ -357,7 +357,7 @@ def serve(config: RunConfig) -> None:
     except httpx.HTTPError as error:
         raise ServiceError(
             f"there is no Prefect server to serve to{f' at {address}' if address else ''}: {error}. Start one, `make "
-            "prefect`, and name it: export PREFECT_API_URL=http://127.0.0.1:4200/api"
+            "ui`, and name it: export PREFECT_API_URL=http://127.0.0.1:4200/api"
         ) from None
     print(f"serving retrain/{config.name} to {address}; Ctrl-C ends", file=sys.stderr)
     retrain.serve(name=config.name, parameters={"config": config.model_dump(mode="json")}, limit=1)

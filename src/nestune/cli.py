@@ -48,6 +48,8 @@ def _action(options: argparse.Namespace) -> Callable[[argparse.Namespace], None]
         return _talk
     if options.command == "continual":
         return _continual
+    if options.command == "ui":
+        return _ui
     if options.command == "evaluate" and (options.adapter or options.out or options.lm_eval):
         return _evaluate_adapter
     return _run
@@ -158,6 +160,12 @@ def _continual(options: argparse.Namespace) -> None:
     configs = [load_config(path, options.set) for path in options.configs]
     end_dead_runs()
     _print(continual(configs, options.name, options.joint, options.force, tell), options)
+
+
+def _ui(_: argparse.Namespace) -> None:
+    from nestune.ui import serve_pages
+
+    serve_pages()
 
 
 def _print(result: Result, options: argparse.Namespace) -> None:
