@@ -39,6 +39,7 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/mypy benchmarks
 	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
 
 # What is claimed of cost and of retention, measured; fails where a bar is missed. Two hours and a half or so.
 bench: setup
