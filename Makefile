@@ -12,7 +12,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DVC_NO_ANALYTICS := 1
 export DO_NOT_TRACK := true
 
-.PHONY: setup demo test test-services lint bench ui prefect clean
+.PHONY: setup demo test test-services lint bench ui clean
 
 setup: $(VENV)/installed
 
@@ -39,6 +39,7 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/mypy benchmarks
 	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
 
 # What is claimed of cost and of retention, measured; fails where a bar is missed. Two hours and a half or so.
 bench: setup
@@ -48,12 +49,9 @@ bench: setup
 	$(BIN)/python benchmarks/kill.py --kills 100 --backend mlx
 	$(BIN)/python benchmarks/retention.py
 
-# The pages, on this machine only: MLflow at port 5000, Prefect at port 4200.
+# The pages, on this machine only: MLflow at port 5000 (MLFLOW_PORT), Prefect at port 4200 (PREFECT_SERVER_API_PORT).
 ui: setup
-	$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow/mlflow.db --host 127.0.0.1 --port 5000
-
-prefect: setup
-	$(BIN)/prefect server start
+	$(BIN)/nestune ui
 
 clean:
 	rm -rf $(VENV) runs

@@ -74,8 +74,8 @@ def _print_story(configs: dict[str, RunConfig]) -> None:
     console.print("\nWhere to look:", highlight=False)
     for config in configs.values():
         console.print(f"  {RunPaths.of(config.name).evaluation}/report.html", highlight=False)
-    console.print(f"  models:/{version['model']}@champion  in MLflow: make ui", highlight=False)
-    console.print("  the flow's runs               in Prefect: make prefect", highlight=False)
+    console.print(f"  models:/{version['model']}@champion  in MLflow:  make ui", highlight=False)
+    console.print("  the flow's runs               in Prefect: make ui", highlight=False)
 
 
 def _read(config: RunConfig, file: str) -> Any:

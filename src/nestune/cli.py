@@ -50,6 +50,8 @@ def _action(options: argparse.Namespace) -> Callable[[argparse.Namespace], None]
         return _continual
     if options.command == "deploy":
         return _deploy
+    if options.command == "ui":
+        return _ui
     if options.command == "evaluate" and (options.adapter or options.out or options.lm_eval):
         return _evaluate_adapter
     return _run
@@ -171,6 +173,12 @@ def _deploy(options: argparse.Namespace) -> None:
     from nestune.flows.serving import deploy
 
     deploy(load_config(options.config, options.set, options.name), options.cron, options.timezone)
+
+
+def _ui(_: argparse.Namespace) -> None:
+    from nestune.ui import serve_pages
+
+    serve_pages()
 
 
 def _print(result: Result, options: argparse.Namespace) -> None:

@@ -21,6 +21,7 @@ COMMANDS = {
     "promote": "make a version champion that the gate let pass",
     "rollback": "make the champion before the present one champion again",
     "status": "tell how a run stands, or all of them: step, losses, updates, tokens/s, time left",
+    "ui": "start the pages of MLflow and Prefect, for this machine, until Ctrl-C",
     "stop": "ask a run to stop at its next step, with a checkpoint, and wait until it has",
 }
 STAGES = ("validate", "tiers", "train", "evaluate", "register")
@@ -45,7 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
             _add_registry_options(command, name)
         elif name == "continual":
             _add_continual_options(command)
-        else:
+        elif name != "ui":
             add_run_options(command, trains=name in ("train", "run"))
         if name == "deploy":
             _add_deploy_options(command)
@@ -57,7 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
             _add_export_options(command)
         if name in TALKS:
             _add_talk_options(command, name)
-        if name != "deploy":
+        if name not in ("deploy", "ui"):
             command.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
 
@@ -171,7 +172,11 @@ def _add_registry_options(parser: argparse.ArgumentParser, command: str) -> None
     if command in ("promote", "rollback"):
         parser.add_argument("--reason", default="", metavar="TEXT", help="kept with the promotion")
     parser.add_argument("--model", metavar="NAME", help="registered model; by default the only one that MLflow has")
-    parser.add_argument("--tracking-uri", metavar="URI", help="MLflow server or database; by default SQLite in mlflow/")
+    parser.add_argument(
+        "--tracking-uri",
+        metavar="URI",
+        help="MLflow server or database; default: MLFLOW_TRACKING_URI, else SQLite in mlflow/",
+    )
     parser.add_argument("--config", type=Path, metavar="FILE", help="take both from the YAML file of a run")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="with --config, e.g. registry.tracking_uri=..."

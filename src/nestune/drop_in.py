@@ -118,7 +118,7 @@ class TierCallback(TrainerCallback):
     Under `drop` the backward pass then ends at the lowest layer that is due, gradient checkpointing or not. (For
     checkpointing, trainers make the output of the embeddings require a gradient; as these are frozen, that is undone
     while training runs, but for the reentrant kind, which needs it: a warning tells what it costs.) What the trainer
-    clips is what moves. The trainer's log gets `updates/tier_<k>`: how often each tier has moved.
+    clips is what moves. The trainer's log gets `tiers/updates_<k>`: how often each tier has moved.
 
     Learning rate and weight decay are the optimizer's own, not those of the trainer's arguments. Training does not
     begin, and ConfigError tells all the reasons, when the trainer has another optimizer or model, when it would clip
@@ -154,7 +154,7 @@ class TierCallback(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         if "loss" in kw["logs"]:
-            counts = {f"updates/tier_{tier}": count for tier, count in enumerate(self._optimizer.update_counts)}
+            counts = {f"tiers/updates_{tier}": count for tier, count in enumerate(self._optimizer.update_counts)}
             kw["logs"].update(counts)
             state.log_history[-1].update(counts)
 

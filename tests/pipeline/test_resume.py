@@ -51,7 +51,7 @@ def steps_tracked(run: Path) -> list[list[int]]:
 
     client = MlflowClient(f"sqlite:///{Path('mlflow/mlflow.db').absolute()}")
     run_id = json.loads((run / "tracking.json").read_text())["run_id"]
-    names = ("train/loss", "valid/loss")
+    names = ("train/loss", "train/valid_loss")
     return [[metric.step for metric in client.get_metric_history(run_id, name)] for name in names]
 
 

@@ -181,7 +181,7 @@ def test_micro_batches_of_different_token_counts_are_weighted_as_in_our_own_loop
 def test_tiers_move_20_10_and_5_times_and_nothing_moves_that_is_not_due(run: Run) -> None:
     assert run.optimizer.update_counts == [20, 10, 5]
     for step, (before, after) in enumerate(pairwise(run.weights), start=1):
-        assert [run.log[step - 1][f"updates/tier_{tier}"] for tier in range(3)] == [step, step // 2, step // 4]
+        assert [run.log[step - 1][f"tiers/updates_{tier}"] for tier in range(3)] == [step, step // 2, step // 4]
         for name, tier in run.tiers.tier_of.items():
             moves = part(name, before).tobytes() != part(name, after).tobytes()
             # A has no gradient as long as its B is zero, so at a tier's first update only B moves.

@@ -137,8 +137,8 @@ def check_mirrored(server: Server) -> None:
         for key in ("loss", "learning_rate", "grad_norm", "tokens_per_s"):
             expected.setdefault(f"train/{key}", []).append((line["step"], line[key]))
         for tier, count in enumerate(line["update_counts"]):
-            expected.setdefault(f"updates/tier_{tier}", []).append((line["step"], count))
-    expected["valid/loss"] = [(line["step"], line["valid_loss"]) for line in lines_of("eval_metrics.jsonl")]
+            expected.setdefault(f"tiers/updates_{tier}", []).append((line["step"], count))
+    expected["train/valid_loss"] = [(line["step"], line["valid_loss"]) for line in lines_of("eval_metrics.jsonl")]
     assert [step for step, _ in expected["train/loss"]] == list(range(1, 241))
 
     client = MlflowClient(server.uri)

@@ -200,7 +200,9 @@ class TrainingConfig(Strict):
 class RegistryConfig(Strict):
     """MLflow: where runs are tracked and adapters registered."""
 
-    tracking_uri: str | None = Field(None, description="MLflow server or database; none: SQLite in the folder mlflow/")
+    tracking_uri: str | None = Field(
+        None, description="MLflow server or database; none: MLFLOW_TRACKING_URI, else SQLite in mlflow/"
+    )
     experiment: str = Field("nestune", min_length=1, description="experiment in which runs are tracked")
     registered_model: SafeName = Field(
         # A factory, so that a form made from the schema does not fill in a name.

@@ -8,10 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from nestune.config import RegistryConfig
-from nestune.errors import RunError, ServiceError
+from nestune.errors import ConfigError, RunError, ServiceError
 
 DEFAULT_TRACKING_URI = "sqlite:///mlflow/mlflow.db"
+TRACKING_URI = "MLFLOW_TRACKING_URI"
 HTTP = ("http://", "https://")
 RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 # MLflow's own patience with a server that is down is minutes; a setting of the user's environment wins.
@@ -25,8 +28,22 @@ SECRETS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING
 
 
 def tracking_uri(registry: RegistryConfig) -> str:
-    """The MLflow server or database that is meant; by default SQLite below the current folder."""
-    return registry.tracking_uri or DEFAULT_TRACKING_URI
+    """The MLflow server or database that is meant; MLFLOW_TRACKING_URI where the configuration names none, else SQLite
+    below the current folder.
+
+    Raises ConfigError when that variable holds a password: where a run is tracked is kept, logged and shown.
+    """
+    if registry.tracking_uri:
+        return registry.tracking_uri
+    told = os.environ.get(TRACKING_URI)
+    if not told:
+        return DEFAULT_TRACKING_URI
+    try:
+        RegistryConfig(tracking_uri=told)
+    except ValidationError as error:
+        # Without the message's end, which pydantic fills with the value.
+        raise ConfigError(f"{TRACKING_URI}: {error.errors()[0]['ctx']['error']}.") from None
+    return told
 
 
 def connect(registry: RegistryConfig) -> Any:

@@ -19,6 +19,7 @@ from nestune.registry.versions import MODEL_SETTINGS, adapter_folder, check_vers
 
 REPORT, REPORT_SHA256 = "report.json", "report_sha256"
 GATE, STEP = "gate", "step"
+RETENTION = "retention"
 AGAIN = "Evaluate and register it again, or promote it with --force and a --reason."
 
 
@@ -42,14 +43,26 @@ class GateRecord:
         return None if champion is None else str(champion)
 
 
-def metrics_of(report: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of a report by the names that they have in MLflow, evaluation/<model>/<set>/<measure>."""
+def figures_of(scores: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, str], float]:
+    """The figures of one model in a report, by set and measure."""
     return {
-        f"evaluation/{model}/{name}/{score.get('metric') or measure}": score[measure]
-        for model, by_set in report["scores"].items()
-        for name, score in by_set.items()
+        (name, score.get("metric") or measure): score[measure]
+        for name, score in scores.items()
         for measure in ("loss", "exact_match")
         if score[measure] is not None
+    }
+
+
+def metrics_of(report: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of a report by the names that they have in MLflow, retention[/<model>]/<set>.<measure>.
+
+    MLflow's pages put together what is the same before the last slash: `retention` has what the candidate scored, on
+    the new task too, and `retention/<model>` what each of the others did.
+    """
+    return {
+        f"{RETENTION}{'' if model == 'candidate' else f'/{model}'}/{name}.{measure}": figure
+        for model, by_set in report["scores"].items()
+        for (name, measure), figure in figures_of(by_set).items()
     }
 
 

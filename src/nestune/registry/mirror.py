@@ -28,14 +28,14 @@ class StepMetrics:
 
 def metrics_of_step(line: Mapping[str, Any]) -> dict[str, float]:
     """MLflow's metrics of a line of the training metrics."""
-    counts = {f"updates/tier_{tier}": count for tier, count in enumerate(line["update_counts"])}
+    counts = {f"tiers/updates_{tier}": count for tier, count in enumerate(line["update_counts"])}
     values = ("loss", "kl", "learning_rate", "grad_norm", "tokens_per_s")
     return {f"train/{key}": line[key] for key in values if key in line} | counts
 
 
 def metrics_of_validation(line: Mapping[str, Any]) -> dict[str, float]:
     """MLflow's metrics of a line of the validation metrics."""
-    return {"valid/loss": line["valid_loss"]}
+    return {"train/valid_loss": line["valid_loss"]}
 
 
 def recorded_metrics(folder: Path, time_s: float) -> Iterator[StepMetrics]:

@@ -4,13 +4,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nestune.config import RegistryConfig
-from nestune.registry.gate_record import GateRecord, metrics_of, read_gate_record
+from nestune.registry.gate_record import GateRecord, figures_of, read_gate_record
 from nestune.registry.ledger import Promotion, told
 from nestune.registry.promotion import history_of
 from nestune.registry.versions import Version, list_versions
 from nestune.stages.tables import aligned
 
-CANDIDATE = "evaluation/candidate/"
 SHORT_HASH = 8
 
 
@@ -65,9 +64,9 @@ class CompareResult:
     def as_dict(self) -> dict[str, Any]:
         """The result as JSON: set -> measure -> first, second and their difference."""
         scores: dict[str, Any] = {}
-        one, other = (_figures(record) for record in (self.first, self.second))
+        one, other = (figures_of(record.report["scores"]["candidate"]) for record in (self.first, self.second))
         for key in one | other:
-            name, _, measure = key.rpartition("/")
+            name, measure = key
             values = {"first": one.get(key), "second": other.get(key), "difference": None}
             if key in one and key in other:
                 values["difference"] = other[key] - one[key]
@@ -110,14 +109,6 @@ def compare(registry: RegistryConfig, first: str, second: str) -> CompareResult:
     """
     one, other = (read_gate_record(registry, version) for version in (first, second))
     return CompareResult(registry.registered_model, one, other)
-
-
-def _figures(record: GateRecord) -> dict[str, float]:
-    return {
-        key.removeprefix(CANDIDATE): value
-        for key, value in metrics_of(record.report).items()
-        if key.startswith(CANDIDATE)
-    }
 
 
 def _what(entry: Promotion) -> str:

@@ -27,8 +27,8 @@ OF_STEP = {
     "train/learning_rate": 1e-4,
     "train/grad_norm": 0.5,
     "train/tokens_per_s": 80.0,
-    "updates/tier_0": 3,
-    "updates/tier_1": 1,
+    "tiers/updates_0": 3,
+    "tiers/updates_1": 1,
 }
 VALIDATION = {"step": 3, "valid_loss": 1.25, "tokens": 9, "best": True}
 
@@ -41,10 +41,10 @@ def write(path: Path, *lines: object, end: str = "") -> None:
 def test_a_line_has_the_same_names_whether_it_is_sent_live_or_from_the_files(tmp_path: Path) -> None:
     write(tmp_path / "train_metrics.jsonl", STEP | {"time": 1000.5})
     write(tmp_path / "eval_metrics.jsonl", VALIDATION | {"time": 1001.5})
-    assert (metrics_of_step(STEP), metrics_of_validation(VALIDATION)) == (OF_STEP, {"valid/loss": 1.25})
+    assert (metrics_of_step(STEP), metrics_of_validation(VALIDATION)) == (OF_STEP, {"train/valid_loss": 1.25})
     assert list(recorded_metrics(tmp_path, 0.0)) == [
         StepMetrics(3, 1000.5, OF_STEP),
-        StepMetrics(3, 1001.5, {"valid/loss": 1.25}),
+        StepMetrics(3, 1001.5, {"train/valid_loss": 1.25}),
     ]
 
 

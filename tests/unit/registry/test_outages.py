@@ -116,10 +116,10 @@ def recorded(run: RunPaths) -> History:
         for key in ("loss", "learning_rate", "grad_norm", "tokens_per_s"):
             history.setdefault(f"train/{key}", []).append((line["step"], line[key]))
         for tier, count in enumerate(line["update_counts"]):
-            history.setdefault(f"updates/tier_{tier}", []).append((line["step"], count))
+            history.setdefault(f"tiers/updates_{tier}", []).append((line["step"], count))
     for text in lines_of(run, "eval_metrics.jsonl"):
         line = json.loads(text)
-        history.setdefault("valid/loss", []).append((line["step"], line["valid_loss"]))
+        history.setdefault("train/valid_loss", []).append((line["step"], line["valid_loss"]))
     return history
 
 

@@ -76,11 +76,11 @@ def test_a_record_that_was_edited_by_hand_is_refused_and_says_which(
     rollback_free(config)
     client = connect(config.registry)
     if what == "metric":
-        client.log_metric(overtaken.run_id, "evaluation/candidate/new_task/exact_match", 0.99, step=99)
-        told = r"its metric evaluation/candidate/new_task/exact_match is 0\.99 at step 99, at which nothing was"
+        client.log_metric(overtaken.run_id, "retention/new_task.exact_match", 0.99, step=99)
+        told = r"its metric retention/new_task\.exact_match is 0\.99 at step 99, at which nothing was"
     elif what == "metric at its step":
-        client.log_metric(overtaken.run_id, "evaluation/candidate/new_task/exact_match", 0.99, step=20)
-        told = r"its metric evaluation/candidate/new_task/exact_match is 0\.99, the report says 0\.75"
+        client.log_metric(overtaken.run_id, "retention/new_task.exact_match", 0.99, step=20)
+        told = r"its metric retention/new_task\.exact_match is 0\.99, the report says 0\.75"
     elif what == "weights":
         weights = Path(client.get_model_version("nestune", overtaken.version).source, "artifacts/adapter", WEIGHTS)
         weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
@@ -91,7 +91,7 @@ def test_a_record_that_was_edited_by_hand_is_refused_and_says_which(
     elif what == "report":
         path = Path(client.get_model_version("nestune", overtaken.version).source, "report.json")
         path.write_text(path.read_text().replace("0.75", "0.95"))
-        told = r"its report has sha256 \w{12}, registered was \w{12}(.|\n)*new_task/exact_match is 0\.75"
+        told = r"its report has sha256 \w{12}, registered was \w{12}(.|\n)*new_task\.exact_match is 0\.75"
     else:
         client.set_model_version_tag("nestune", overtaken.version, "adapter_sha256", "0" * 64)
         told = r"the adapter at .* has sha256 \w{12}, registered was 000000000000"

@@ -134,9 +134,9 @@ def test_the_tracked_run_has_the_scores_and_the_files_that_explain_them(
     register(config, run)
     metrics = tracked.client.get_run(tracked.run_id).data.metrics
     assert metrics == {
-        "evaluation/candidate/new_task/loss": 0.5,
-        "evaluation/candidate/new_task/exact_match": 0.75,
-        "evaluation/candidate/old/loss": 0.5,
+        "retention/new_task.loss": 0.5,
+        "retention/new_task.exact_match": 0.75,
+        "retention/old.loss": 0.5,
     }
     files = {file.path for file in tracked.client.list_artifacts(tracked.run_id)}
     assert {"config.yaml", "tiers.json", "manifest.json", "evaluation", "dataset"} <= files

@@ -60,10 +60,10 @@ def test_every_metric_arrives_in_order_when_the_block_ends(config: RunConfig, ru
     steps = range(1, 1501)  # more than MLflow takes in one call
     with tracked_run(config, run, {}) as tracked:
         for step in steps:
-            tracked.log_metrics(step, {"train/loss": 1 / step, "updates/tier_1": step // 2})
+            tracked.log_metrics(step, {"train/loss": 1 / step, "tiers/updates_1": step // 2})
     client, run_id = opened(tracked).client, opened(tracked).run_id
     losses = client.get_metric_history(run_id, "train/loss")
-    counts = client.get_metric_history(run_id, "updates/tier_1")
+    counts = client.get_metric_history(run_id, "tiers/updates_1")
     assert [(m.step, m.value) for m in losses] == [(step, 1 / step) for step in steps]
     assert [(m.step, m.value) for m in counts] == [(step, step // 2) for step in steps]
 
@@ -146,19 +146,19 @@ def test_a_run_that_mlflow_does_not_have_is_an_error_that_says_what_to_do(config
 def test_a_training_that_goes_on_is_the_same_run_with_each_metric_once(config: RunConfig, run: RunPaths) -> None:
     with tracked_run(config, run, {"base_sha256": "abc"}) as tracked:
         for step in range(1, 7):
-            tracked.log_metrics(step, {"train/loss": 1 / step} | ({"valid/loss": 2 / step} if step == 4 else {}))
+            tracked.log_metrics(step, {"train/loss": 1 / step} | ({"train/valid_loss": 2 / step} if step == 4 else {}))
     with tracked_run(config, run, {"base_sha256": "abc"}, goes_on=True) as resumed:
         client, run_id = opened(resumed).client, opened(resumed).run_id
         assert run_id == opened(tracked).run_id
         assert client.get_run(run_id).info.status == "RUNNING"
         for step in range(1, 9):
-            resumed.log_metrics(step, {"train/loss": 1 / step} | ({"valid/loss": 2 / step} if step >= 4 else {}))
+            resumed.log_metrics(step, {"train/loss": 1 / step} | ({"train/valid_loss": 2 / step} if step >= 4 else {}))
     logged = client.get_run(run_id)
     assert logged.info.status == "FINISHED"
     history = {name: client.get_metric_history(run_id, name) for name in logged.data.metrics}
     assert {name: [(m.step, m.value) for m in metrics] for name, metrics in history.items()} == {
         "train/loss": [(step, 1 / step) for step in range(1, 9)],
-        "valid/loss": [(step, 2 / step) for step in range(4, 9)],
+        "train/valid_loss": [(step, 2 / step) for step in range(4, 9)],
     }
 
 
