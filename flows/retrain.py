@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import copy_context
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -36,14 +37,14 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.exceptions import CancelledRun, PrefectException, TerminationSignal
 from prefect.flow_runs import pause_flow_run
 from prefect.input import RunInput
-from prefect.runtime import flow_run
+from prefect.runtime import deployment, flow_run
 from prefect.settings import get_current_settings
 from prefect.states import Cancelled, Crashed
 from pydantic import Field
 
-from nestune.cli import exit_code_of
+from nestune.cli import Result, exit_code_of
 from nestune.cli_parser import add_run_options
-from nestune.config import RunConfig, load_config
+from nestune.config import RunConfig, change_recipe, load_config, parse_config
 from nestune.errors import NestuneError, ServiceError, StoppedError
 from nestune.run_state import RunState, owned, recorded
 from nestune.runs import RunPaths
@@ -61,13 +62,18 @@ CLOCKS_DIFFER = timedelta(seconds=5)
 
 
 def _noted(stage: Callable[..., Any]) -> Callable[..., Any]:
-    """A stage that the run's folder tells of; it returns the state Cancelled where the run was asked to stop."""
+    """A stage of which the run's folder and the log tell; it returns its result as JSON.
+
+    Where the run was asked to stop it returns the state Cancelled.
+    """
 
     @functools.wraps(stage)
     def noted(config: RunConfig, *options: bool) -> Any:
         try:
             with recorded(RunPaths.of(config.name), stage.__name__, flow_run.id):
-                return stage(config, *options)
+                result = stage(config, *options)
+            get_run_logger().info("\n".join(result.summary()))
+            return result.as_dict()
         except StoppedError as stopped:
             return Cancelled(message=str(stopped))
         except TerminationSignal as signalled:
@@ -114,31 +120,31 @@ def end_flow_run(crashed: RunState) -> None:
 
 @task(task_run_name="validate", cache_policy=NO_CACHE)
 @_noted
-def validate(config: RunConfig) -> dict[str, Any]:
+def validate(config: RunConfig) -> Result:
     """Check the JSONL, split it, and write the dataset of the run."""
     from nestune.stages.validate import validate as stage
 
-    return stage(config, RunPaths.of(config.name)).as_dict()
+    return stage(config, RunPaths.of(config.name))
 
 
 @task(task_run_name="tiers", cache_policy=NO_CACHE)
 @_noted
-def tiers(config: RunConfig) -> dict[str, Any]:
+def tiers(config: RunConfig) -> Result:
     """Divide the LoRA parameters among the tiers."""
     from nestune.stages.assign import assign as stage
 
-    return stage(config, RunPaths.of(config.name)).as_dict()
+    return stage(config, RunPaths.of(config.name))
 
 
 @task(task_run_name="train", cache_policy=NO_CACHE)
 @_noted
-def train(config: RunConfig, force: bool, resume: bool) -> dict[str, Any]:
+def train(config: RunConfig, force: bool, resume: bool) -> Result:
     """Train the adapter, or go on with that. No retries: what failed once in training fails again."""
     from nestune.stages.train import train as stage
 
     run = RunPaths.of(config.name)
     with _progress_shown(run):
-        return stage(config, run, force=force, resume=resume).as_dict()
+        return stage(config, run, force=force, resume=resume)
 
 
 @contextmanager
@@ -172,7 +178,9 @@ def _tell_progress(run: RunPaths, ended: threading.Event) -> None:
         status = read_status(run)
         if not (status.step and status.steps):
             continue
-        progress, lines = 100 * status.step / status.steps, "\n".join(f"- {line}" for line in status.lines())
+        if last:  # it has ended, or was stopped: no time is left
+            status = replace(status, left_s=None)
+        progress, lines = 100 * status.step / status.steps, "\n".join(f"- {line}" for line in status.progress())
         try:
             if artifact is None:
                 artifact = create_progress_artifact(progress, key=_artifact_key(run), description=lines)
@@ -190,11 +198,11 @@ def _artifact_key(run: RunPaths) -> str:
 
 @task(task_run_name="evaluate", cache_policy=NO_CACHE)
 @_noted
-def evaluate(config: RunConfig) -> dict[str, Any]:
+def evaluate(config: RunConfig) -> Result:
     """Score base, parent, champion and candidate, and let the gate decide."""
     from nestune.stages.evaluate import evaluate as stage
 
-    return stage(config, RunPaths.of(config.name)).as_dict()
+    return stage(config, RunPaths.of(config.name))
 
 
 def _may_succeed_later(_task: Any, _run: Any, state: Any) -> bool:
@@ -209,18 +217,18 @@ def _may_succeed_later(_task: Any, _run: Any, state: Any) -> bool:
     retry_condition_fn=_may_succeed_later,
 )
 @_noted
-def register(config: RunConfig) -> dict[str, Any]:
+def register(config: RunConfig) -> Result:
     """Register the adapter, and promote it if the gate let it pass. The registry may be across a network."""
     from nestune.stages.register import register as stage
 
-    return stage(config, RunPaths.of(config.name)).as_dict()
+    return stage(config, RunPaths.of(config.name))
 
 
 class Approval(RunInput):
     """What a person says of a candidate that passed the gate: the form in which the flow run pauses."""
 
-    approve: bool = Field(False, description="make it champion")
-    reason: str = Field("", description="is kept with the version")
+    approve: bool = Field(False, description="on: the version becomes champion; off: it stays what it is")
+    reason: str = Field("", description="why; it is kept with the version")
 
 
 @task(
@@ -267,16 +275,47 @@ def _unless_stopped(result: Any) -> Any:
     return result
 
 
-@flow(name="retrain", flow_run_name="{config.name}")
+def _run_name() -> str:
+    config = flow_run.parameters["config"]
+    return str(config.name if isinstance(config, RunConfig) else config.get("name"))
+
+
+def _as_given(config: RunConfig | dict[str, Any]) -> RunConfig:
+    """The configuration of a flow run. Raises ConfigError with every fault of what the form, or REST, has sent."""
+    if isinstance(config, RunConfig):
+        return config
+    retention = config.get("retention")
+    if isinstance(retention, dict):
+        config = config | {"retention": change_recipe(retention, _served_configuration().get("retention", {}))}
+    return parse_config(config, source="the form")
+
+
+def _served_configuration() -> dict[str, Any]:
+    """What the form was filled with at first; empty where the flow run has none."""
+    if not deployment.id:
+        return {}
+    with get_client(sync_client=True) as client:
+        return dict(client.read_deployment(UUID(deployment.id)).parameters.get("config", {}))
+
+
+# Prefect would tell what is wrong with the parameters where nobody looks: the log of such a run stays empty.
+@flow(name="retrain", flow_run_name=_run_name, validate_parameters=False)
 def retrain(config: RunConfig, force: bool = False, resume: bool = False) -> Any:
     """From JSONL to a registered adapter; champion, if it learned and nothing was forgotten.
 
-    A training that was interrupted goes on. `force` trains anew what another configuration has trained under the same
-    name, or what is trained already; `resume` goes on also on the other backend, or with more steps. Returns each
-    stage's result, or the state Cancelled when the run was asked to stop.
+    A training that was interrupted goes on. Returns each stage's result, or the state Cancelled when the run was asked
+    to stop.
+
+    Args:
+        config: one run, as in a YAML file
+        force: on: train anew what another configuration has trained under the same name, or what is trained already
+        resume: on: go on also on the other backend, or with more steps
     """
-    run = RunPaths.of(config.name)
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logging.getLogger(name).addFilter(_told_once)
     logging.getLogger("prefect.flow_runs").addFilter(_is_no_cancelled_run)
+    config = _as_given(config)
+    run = RunPaths.of(config.name)
     end_dead_runs(end_flow_run)
     with owned(run, f"Prefect flow run {flow_run.name}"):
         finished = check_before_running(config, run, force, resume)
@@ -312,7 +351,7 @@ def run_once(config: RunConfig, force: bool = False, resume: bool = False) -> An
 def behave_on_a_terminal() -> None:
     """Have Prefect log an error that says what to do once and without traceback, and let Ctrl-C end all soon."""
     for name in ("prefect.flow_runs", "prefect.task_runs"):
-        logging.getLogger(name).addFilter(_OneLineOfAFailure())
+        logging.getLogger(name).addFilter(_is_no_error_of_a_user)
     signal.signal(signal.SIGINT, _leave_soon)
 
 
@@ -329,19 +368,37 @@ def _leave_soon(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+def _is_no_error_of_a_user(record: logging.LogRecord) -> bool:
+    """False where Prefect would log an error that the command prints when it ends."""
+    return not (record.exc_info and isinstance(record.exc_info[1], NestuneError))
+
+
 def _is_no_cancelled_run(record: logging.LogRecord) -> bool:
     """False where Prefect would log the traceback of a state that says Cancelled, as the log has said before."""
     return not (record.exc_info and isinstance(record.exc_info[1], CancelledRun))
 
 
-class _OneLineOfAFailure(logging.Filter):
+class _ToldOnce(logging.Filter):
+    """Has an error that says what to do stand in the log once, by itself, without traceback."""
+
+    _told: BaseException | None = None
+
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.exc_info and isinstance(record.exc_info[1], NestuneError):
-            return False
-        if "Failed(" in record.getMessage():
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, NestuneError):
+            if error is self._told:
+                return False
+            self._told = error
+            record.msg, record.args, record.exc_info = str(error), (), None
+        elif "Failed(" in record.getMessage():
+            if self._told is not None:
+                return False
             # Prefect shows the exception as Python writes it, its line breaks escaped.
             record.msg, record.args = record.getMessage().partition("\\n")[0], ()
         return True
+
+
+_told_once = _ToldOnce()
 
 
 def serve(config: RunConfig) -> None:
