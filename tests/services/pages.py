@@ -54,10 +54,13 @@ class Browser:
             steps.append(f"//{FIELD}[count(ancestor::{FIELD}) = {depth}][./{LABEL}[{' or '.join(names)}]]")
         return self.page.locator("xpath=" + "".join(steps))
 
-    def choose(self, field: Locator, choice: str) -> None:
-        """Pick one of the choices of an option."""
-        field.locator(".p-select-button__control").click()
-        self.page.locator(".p-select-option", has_text=re.compile(f"^{choice}$")).click()
+    def choices(self, field: Locator) -> list[str]:
+        """What an option offers to choose from."""
+        field.locator(".p-select-button__control").focus()
+        self.page.keyboard.press("ArrowDown")
+        offered = self.page.locator(".p-select-option")
+        expect(offered.first).to_be_visible()
+        return [text.strip() for text in offered.all_inner_texts()]
 
     def shot(self, name: str) -> None:
         """A picture for the documentation, where they are asked for: of few colours, and so a small file."""
