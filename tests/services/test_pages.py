@@ -187,7 +187,6 @@ def cancel_while_it_trains(prefect: Prefect, browser: Browser, flow_run: str) ->
 
     browser.open(f"{pages_of(prefect)}/runs/flow-run/{flow_run}")
     browser.sees("tier 1: 28 matrices, every 3 steps")
-    browser.shot("running")
     browser.button("Cancel").click()
     browser.button("Confirm").click()
     until(lambda: prefect.state(flow_run)["type"] == "CANCELLED", "the flow run to be cancelled")
@@ -255,7 +254,6 @@ def look_at_mlflow(prefect: Prefect, browser: Browser, mlflow: str) -> None:
     browser.open(f"{mlflow}/#/experiments/1/runs/{run_id}/artifacts/evaluation/report.html")
     report = browser.page.frame_locator("iframe").first
     expect(report.get_by_text("Passed the gate")).to_be_visible()
-    browser.shot("mlflow_report")
     browser.open(f'{mlflow}/#/compare-runs?runs=["{run_id}","{other}"]&experiments=["1"]')
     browser.sees("Comparing 2 Runs from 1 Experiment")
     browser.sees("weekly_2")
