@@ -75,8 +75,11 @@ def newest(prefect: Prefect) -> dict[str, Any]:
 
 def submitted(prefect: Prefect, browser: Browser) -> str:
     """Press the button of the form; the id of the flow run that is created."""
-    with browser.page.expect_response(lambda answer: "create_flow_run" in answer.url) as created:
-        browser.button("Submit").click()
+    while True:  # Prefect's server on SQLite says 503 while its database is busy; a person presses again
+        with browser.page.expect_response(lambda answer: "create_flow_run" in answer.url) as created:
+            browser.button("Submit").click()
+        if created.value.status != 503:
+            break
     assert created.value.ok, created.value.text()
     return str(created.value.json()["id"])
 
