@@ -7,26 +7,15 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from nestune.cli_parser import OF_A_RUN, OF_THE_REGISTRY, STAGES, TALKS, make_parser
 from nestune.errors import ConfigError, NestuneError, StoppedError
+from nestune.stages.result import Result
 
 if TYPE_CHECKING:
     from nestune.config import RunConfig
     from nestune.runs import RunPaths
-
-
-class Result(Protocol):
-    """What every stage returns."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """The result as JSON."""
-        ...
-
-    def summary(self) -> list[str]:
-        """The result for a person, a line each."""
-        ...
 
 
 def main(arguments: list[str] | None = None) -> int:

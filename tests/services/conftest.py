@@ -101,7 +101,7 @@ def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect]:
         port = free.getsockname()[1]
     environment = {
         **os.environ,
-        "PYTHONPATH": str(ROOT / "src"),
+        "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}",
         # A weekly schedule is played for more weeks than Prefect plans ahead.
         "PREFECT_SERVER_SERVICES_SCHEDULER_MIN_RUNS": "8",
         "OMP_NUM_THREADS": "1",

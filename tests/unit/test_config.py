@@ -8,7 +8,15 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nestune.config import RetentionConfig, RunConfig, TierConfig, dump_config, load_config, parse_config
+from nestune.config import (
+    RetentionConfig,
+    RunConfig,
+    TierConfig,
+    change_recipe,
+    dump_config,
+    load_config,
+    parse_config,
+)
 from nestune.errors import ConfigError
 
 
@@ -297,6 +305,40 @@ def test_every_field_tells_what_it_means() -> None:
         ]
 
     assert undescribed(RunConfig.model_json_schema()) == []
+
+
+def test_a_form_made_from_the_schema_calls_options_as_yaml_does() -> None:
+    schema = RunConfig.model_json_schema()
+    for block in (schema, *schema["$defs"].values()):
+        titles = {key: field.get("title", key) for key, field in block["properties"].items()}
+        assert list(titles) == list(titles.values())
+    assert schema["$defs"]["EarlyStopping"]["title"] == "early_stopping"
+
+
+def test_another_recipe_sets_what_the_former_had_set_and_leaves_what_was_set_by_hand() -> None:
+    def block(**given: Any) -> dict[str, Any]:
+        return RetentionConfig.model_validate(given).model_dump(mode="json")
+
+    served = block(recipe="no_old_data", l2=0.5)
+    form = change_recipe(served | {"recipe": "with_replay"}, served)
+    assert RetentionConfig.model_validate(form) == RetentionConfig(recipe="with_replay", l2=0.5)
+    by_hand = served | {"recipe": "with_replay", "strength": None}
+    assert RetentionConfig.model_validate(change_recipe(by_hand, served)).strength is None
+    to_none = change_recipe(served | {"recipe": "none"}, served)
+    assert (RetentionConfig.model_validate(to_none).kl, RetentionConfig.model_validate(to_none).strength) == (
+        None,
+        None,
+    )
+    from_none = block(recipe="none")
+    assert (
+        RetentionConfig.model_validate(change_recipe(from_none | {"recipe": "no_old_data"}, from_none)).kl is not None
+    )
+    # One that was copied from a run with another recipe than was served.
+    copied = block(recipe="with_replay") | {"recipe": "no_old_data"}
+    assert not RetentionConfig.model_validate(change_recipe(copied, from_none)).replay.is_on
+    unchanged = block(recipe="no_old_data", strength=None)
+    assert change_recipe(unchanged, unchanged) == unchanged
+    assert change_recipe(served, {}) == served
 
 
 @given(st.lists(st.integers(1, 64), min_size=1, max_size=8))

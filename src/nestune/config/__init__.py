@@ -19,6 +19,7 @@ from nestune.config.retention import (
     RetentionConfig,
     SelfWrittenConfig,
     StrengthConfig,
+    change_recipe,
 )
 from nestune.config.tiers import ImportanceConfig, TierConfig
 
@@ -42,6 +43,7 @@ __all__ = [
     "StrengthConfig",
     "TierConfig",
     "TrainingConfig",
+    "change_recipe",
     "dump_config",
     "load_config",
     "parse_config",

@@ -35,7 +35,7 @@ class ModelConfig(Strict):
     base: str = Field(min_length=1, description="folder of the base model, or its id on the Hugging Face hub")
     revision: str | None = Field(None, description="revision of a hub model: a commit hash, tag or branch")
     adapter: str | None = Field(
-        None, description="parent adapter to start from: a folder, or models:/<name>@<alias>; none: a new adapter"
+        None, description="parent adapter to start from: a folder, or models:/NAME@ALIAS; none: a new adapter"
     )
     backend: Literal["auto", "torch", "mlx"] = Field("auto", description="framework that trains")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -243,7 +243,7 @@ class DvcConfig(Strict):
 class RunConfig(Strict):
     """One run: from JSONL to a registered adapter."""
 
-    name: SafeName = Field(description="name of the run; its files are in runs/<name>")
+    name: SafeName = Field(description="name of the run; its files are in runs/NAME")
     model: ModelConfig
     lora: LoraConfig = LoraConfig()
     data: DataConfig

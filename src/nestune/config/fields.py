@@ -25,7 +25,20 @@ def hide_secrets(text: str) -> str:
 class Strict(BaseModel):
     """A frozen block of the configuration in which a misspelt key is an error, not a default."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        # A form made from the schema calls every option as YAML and the messages do.
+        field_title_generator=lambda key, _: key,
+        model_title_generator=lambda block: _key_of(block.__name__),
+    )
+
+
+def _key_of(block: str) -> str:
+    """The key under which a block stands: `early_stopping` for EarlyStopping, `kl` for KlConfig."""
+    return re.sub("(?<=[a-z])(?=[A-Z])", "_", block.removesuffix("Config")).lower()
 
 
 def existing(path: str, info: ValidationInfo) -> str:

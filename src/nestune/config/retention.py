@@ -251,6 +251,19 @@ class RetentionConfig(Strict):
         return _merged(recipe, given) if recipe else given
 
 
+def change_recipe(block: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """A block that is written out in full, without what recipes have set in it where its recipe is not `before`'s.
+
+    A form shows every option and sends all of them back. What the recipe had set in it would count as set by hand, and
+    the one that was picked in its place would set nothing. What differs from `before` was set by hand, and stays.
+    """
+    if not before or block.get("recipe") == before.get("recipe"):
+        return dict(block)
+    full = [RetentionConfig(recipe=name).model_dump(mode="json") for name in ("no_old_data", "with_replay")]
+    set_by_recipes = [(key, other.get(key)) for other in (before, *full) for key in RECIPES["with_replay"]]
+    return {key: value for key, value in block.items() if (key, value) not in set_by_recipes}
+
+
 def _is_map(value: object) -> bool:
     return isinstance(value, Mapping)
 

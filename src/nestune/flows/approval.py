@@ -18,8 +18,8 @@ APPROVAL_S = 14 * 24 * 3600
 class Approval(RunInput):
     """What a person says of a candidate that passed the gate: the form in which the flow run pauses."""
 
-    approve: bool = Field(False, description="make it champion")
-    reason: str = Field("", description="is kept with the version")
+    approve: bool = Field(False, description="on: the version becomes champion; off: it stays what it is")
+    reason: str = Field("", description="why; it is kept with the version")
 
 
 def asked(config: RunConfig, registered: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """What Prefect's server shows of a flow run, where the flow itself has to ask for it or to say it."""
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
@@ -11,7 +10,7 @@ from prefect import get_run_logger
 from prefect.client.orchestration import get_client
 from prefect.client.schemas import State
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
-from prefect.exceptions import CancelledRun, PrefectException
+from prefect.exceptions import PrefectException
 from prefect.runtime import flow_run
 from prefect.settings import get_current_settings
 from prefect.states import Crashed, Running
@@ -83,15 +82,6 @@ def end_flow_run(crashed: RunState) -> None:
                     client.set_flow_run_state(found.id, Crashed(message=crashed.reason), force=True)
     except (PrefectException, httpx.HTTPError) as error:
         raise ServiceError(f"Prefect does not answer: {error}. See that its server runs.") from error
-
-
-def say_cancelled_once() -> None:
-    """Have Prefect not log the traceback of a state that says Cancelled, as the log has said that before."""
-    logging.getLogger("prefect.flow_runs").addFilter(_is_no_cancelled_run)
-
-
-def _is_no_cancelled_run(record: logging.LogRecord) -> bool:
-    return not (record.exc_info and isinstance(record.exc_info[1], CancelledRun))
 
 
 def _own_state() -> State | None:

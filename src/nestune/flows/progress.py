@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import copy_context
+from dataclasses import replace
 from typing import cast
 from uuid import UUID
 
@@ -57,7 +58,10 @@ def _tell_progress(run: RunPaths, ended: threading.Event) -> None:
         status = read_status(run)
         if not (status.step and status.steps):
             continue
-        progress, lines = 100 * status.step / status.steps, "\n".join(f"- {line}" for line in status.lines())
+        progress = 100 * status.step / status.steps
+        if last:  # it has ended, or was stopped: no time is left
+            status = replace(status, left_s=None)
+        lines = "\n".join(f"- {line}" for line in status.progress())
         try:
             if artifact is None:
                 key = artifact_key("progress", run.root.name)

@@ -1,25 +1,25 @@
 """The flow `retrain`: from JSONL to a registered adapter; by a schedule, what has arrived, upon the champion."""
 
-from typing import Annotated, Any
+from typing import Any
 
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.exceptions import CancelledRun, TerminationSignal
 from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed
-from pydantic import Field
 
 from nestune.config import RunConfig
 from nestune.errors import DataError, StoppedError
 from nestune.flows import tasks
 from nestune.flows.approval import asked
+from nestune.flows.flow_log import tell_errors_once
 from nestune.flows.flow_state import (
     end_flow_run,
     is_being_cancelled,
     name_flow_run,
-    say_cancelled_once,
     turn_shown,
 )
+from nestune.flows.form import as_given, run_name
 from nestune.run_state import owned
 from nestune.runs import RunPaths
 from nestune.stages.commit import commits
@@ -31,32 +31,30 @@ SKIPPED = "Skipped"
 REPORT = "retrain-report"
 
 
-@flow(name="retrain", flow_run_name="{config.name}")
+# Prefect would tell what is wrong with the parameters where nobody looks: the log of such a run stays empty.
+@flow(name="retrain", flow_run_name=run_name, validate_parameters=False)
 def retrain(
     config: RunConfig,
-    force: Annotated[
-        bool,
-        Field(
-            description="train anew what another configuration has trained under the same name, or what is trained "
-            "already; with from_champion: also what a version was trained on that did not become champion"
-        ),
-    ] = False,
-    resume: Annotated[bool, Field(description="go on also on the other backend, or with more training.steps")] = False,
-    from_champion: Annotated[
-        bool,
-        Field(
-            description="start from the champion, and learn of data.train what has arrived since it was trained, in a "
-            "run of its own, named after this one and the day; nothing new: ends at once, as Skipped"
-        ),
-    ] = False,
+    force: bool = False,
+    resume: bool = False,
+    from_champion: bool = False,
 ) -> Any:
     """From JSONL to a registered adapter; champion, if it learned and nothing was forgotten.
 
     A training that was interrupted goes on. While another process is at work on the same run, or the same series, it
     waits, and is shown as Waiting. Returns each stage's result, the state Cancelled when the run was asked to stop, or
     the state Skipped when there is nothing to retrain.
+
+    Args:
+        config: one run, as in a YAML file
+        force: on: train anew what another configuration has trained under the same name, or what is trained already;
+            with from_champion: also what a version was trained on that did not become champion
+        resume: on: go on also on the other backend, or with more training.steps
+        from_champion: on: start from the champion, and learn of data.train what has arrived since it was trained, in a
+            run of its own, named after this one and the day; nothing new: ends at once, as Skipped
     """
-    say_cancelled_once()
+    tell_errors_once()
+    config = as_given(config)
     end_dead_runs(end_flow_run)
     try:
         if from_champion:

@@ -28,7 +28,7 @@ def deploy(config: RunConfig, cron: str | None = None, timezone: str = "UTC", fr
     except httpx.HTTPError as error:
         raise ServiceError(
             f"there is no Prefect server to serve to{f' at {address}' if address else ''}: {error}. Start one, `make "
-            "prefect`, and name it: export PREFECT_API_URL=http://127.0.0.1:4200/api"
+            "ui`, and name it: export PREFECT_API_URL=http://127.0.0.1:4200/api"
         ) from None
     when = f", at {cron} ({timezone})" if cron is not None else ""
     print(f"serving retrain/{config.name} to {address}{when}; Ctrl-C ends", file=sys.stderr)

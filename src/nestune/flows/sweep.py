@@ -12,7 +12,8 @@ from prefect.states import Cancelled
 
 from nestune.errors import StoppedError
 from nestune.flows import tasks
-from nestune.flows.flow_state import end_flow_run, say_cancelled_once, turn_shown
+from nestune.flows.flow_log import tell_errors_once
+from nestune.flows.flow_state import end_flow_run, turn_shown
 from nestune.flows.progress import artifact_key
 from nestune.run_state import owned
 from nestune.runs import RunPaths
@@ -31,7 +32,7 @@ def sweep(
     Best is what the gate lets pass, then what learned most less what it lost; where nothing passes, nothing is
     registered. The same call goes on where it was ended.
     """
-    say_cancelled_once()
+    tell_errors_once()
     end_dead_runs(end_flow_run)
     made = points(Path(path), overrides, name, grid)
     series = made[0].config.name.rpartition("-")[0]

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from prefect import task
+from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas import State
 from prefect.exceptions import TerminationSignal
@@ -17,6 +17,7 @@ from nestune.flows.flow_state import is_being_cancelled, turn_shown
 from nestune.flows.progress import progress_shown
 from nestune.run_state import recorded
 from nestune.runs import RunPaths
+from nestune.stages.result import Result
 
 
 def unless_stopped(result: Any) -> Any:
@@ -27,13 +28,18 @@ def unless_stopped(result: Any) -> Any:
 
 
 def _noted(stage: Callable[..., Any]) -> Callable[..., Any]:
-    """A stage that the run's folder tells of; it returns the state Cancelled where the run was asked to stop."""
+    """A stage of which the run's folder and the log tell; it returns its result as JSON.
+
+    Where the run was asked to stop it returns the state Cancelled.
+    """
 
     @functools.wraps(stage)
     def noted(config: RunConfig, *options: bool) -> Any:
         try:
             with recorded(RunPaths.of(config.name), stage.__name__, flow_run.id):
-                return stage(config, *options)
+                result = stage(config, *options)
+            get_run_logger().info("\n".join(result.summary()))
+            return result.as_dict()
         except StoppedError as stopped:
             return Cancelled(message=str(stopped))
         except TerminationSignal as signalled:
@@ -50,40 +56,40 @@ def _noted(stage: Callable[..., Any]) -> Callable[..., Any]:
 
 @task(task_run_name="validate", cache_policy=NO_CACHE)
 @_noted
-def validate(config: RunConfig) -> dict[str, Any]:
+def validate(config: RunConfig) -> Result:
     """Check the JSONL, split it, and write the dataset of the run."""
     from nestune.stages.validate import validate as stage
 
-    return stage(config, RunPaths.of(config.name)).as_dict()
+    return stage(config, RunPaths.of(config.name))
 
 
 @task(task_run_name="tiers", cache_policy=NO_CACHE)
 @_noted
-def tiers(config: RunConfig) -> dict[str, Any]:
+def tiers(config: RunConfig) -> Result:
     """Divide the LoRA parameters among the tiers."""
     from nestune.stages.assign import assign as stage
 
-    return stage(config, RunPaths.of(config.name)).as_dict()
+    return stage(config, RunPaths.of(config.name))
 
 
 @task(task_run_name="train", cache_policy=NO_CACHE)
 @_noted
-def train(config: RunConfig, force: bool, resume: bool) -> dict[str, Any]:
+def train(config: RunConfig, force: bool, resume: bool) -> Result:
     """Train the adapter, or go on with that. No retries: what failed once in training fails again."""
     from nestune.stages.train import train as stage
 
     run = RunPaths.of(config.name)
     with progress_shown(run), turn_shown() as turn:
-        return stage(config, run, force=force, resume=resume, waiting=turn).as_dict()
+        return stage(config, run, force=force, resume=resume, waiting=turn)
 
 
 @task(task_run_name="evaluate", cache_policy=NO_CACHE)
 @_noted
-def evaluate(config: RunConfig) -> dict[str, Any]:
+def evaluate(config: RunConfig) -> Result:
     """Score base, parent, champion and candidate, and let the gate decide."""
     from nestune.stages.evaluate import evaluate as stage
 
-    return stage(config, RunPaths.of(config.name)).as_dict()
+    return stage(config, RunPaths.of(config.name))
 
 
 def _may_succeed_later(_task: Any, _run: Any, state: Any) -> bool:
@@ -101,11 +107,11 @@ RETRIED: dict[str, Any] = {
 
 @task(task_run_name="register", **RETRIED)
 @_noted
-def register(config: RunConfig) -> dict[str, Any]:
+def register(config: RunConfig) -> Result:
     """Register the adapter, and promote it if the gate let it pass."""
     from nestune.stages.register import register as stage
 
-    return stage(config, RunPaths.of(config.name)).as_dict()
+    return stage(config, RunPaths.of(config.name))
 
 
 @task(task_run_name="decide", **RETRIED)
@@ -118,8 +124,8 @@ def decide(config: RunConfig, approve: bool, reason: str) -> dict[str, Any]:
 
 @task(task_run_name="commit", **RETRIED)
 @_noted
-def commit(config: RunConfig) -> dict[str, Any]:
+def commit(config: RunConfig) -> Result:
     """Put what the run left into DVC, and send it to a remote where one is set."""
     from nestune.stages.commit import commit as stage
 
-    return stage(config, RunPaths.of(config.name)).as_dict()
+    return stage(config, RunPaths.of(config.name))

@@ -6,15 +6,14 @@ import signal
 import sys
 import threading
 
-from nestune.errors import NestuneError
+from nestune.flows.flow_log import leave_errors_to_the_command
 
 LEAVE_AFTER_S = 5.0
 
 
 def behave_on_a_terminal() -> None:
     """Have Prefect log an error that says what to do once and without traceback, and let Ctrl-C end all soon."""
-    for name in ("prefect.flow_runs", "prefect.task_runs"):
-        logging.getLogger(name).addFilter(_OneLineOfAFailure())
+    leave_errors_to_the_command()
     signal.signal(signal.SIGINT, _leave_soon)
 
 
@@ -29,13 +28,3 @@ def _leave_soon(*_: object) -> None:
     timer.daemon = True
     timer.start()
     raise KeyboardInterrupt
-
-
-class _OneLineOfAFailure(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        if record.exc_info and isinstance(record.exc_info[1], NestuneError):
-            return False
-        if "Failed(" in record.getMessage():
-            # Prefect shows the exception as Python writes it, its line breaks escaped.
-            record.msg, record.args = record.getMessage().partition("\\n")[0], ()
-        return True

@@ -9,6 +9,7 @@ from typing import Any
 from nestune.backends.adapters import METADATA
 from nestune.config import RunConfig, dump_config
 from nestune.data.lineage import earlier_tasks
+from nestune.evaluation.scores import columns
 from nestune.files import read_json, sha256_file, write_json, write_text
 from nestune.foreign_files import folder_at
 from nestune.registry.catching_up import resume_tracking
@@ -144,22 +145,26 @@ def as_markdown(run: RunPaths, registered: Mapping[str, Any]) -> str:
     """The gate's verdict, the scores and where to look, as Markdown."""
     report = json.loads((run.evaluation / "report.json").read_text(encoding="utf-8"))
     scores = report["scores"]
-    rows = [[name, *(score_text(scores[model][name]) for model in scores)] for name in scores["candidate"]]
+    titles = columns(scores)
+    rows = [[name, *(score_text(scores[model][name]) for model in titles.values())] for name in scores["candidate"]]
     waits = "waits for approval" if registered["waits"] else f"not promoted (gate: {registered['gate']})"
     verdict = "promoted to champion" if registered["promoted"] else waits
-    look = f"after `{registered['open_with']}`" if registered["open_with"] else "running"
+    page, server = registered["page"], registered["page"].partition("/#/")[0]
+    version = f"{server}/#/models/{registered['model']}/versions/{registered['version']}"
     return "\n".join(
         [
             f"# {registered['model']} version {registered['version']}: {verdict}",
             registered["reason"],
             "",
-            *markdown_table(["set", *scores], rows),
+            *markdown_table(["set", *titles], rows),
             "",
             "Exact match where a set has answers, else loss in nats per token.",
             "",
-            f"- Report: [{run.evaluation / 'report.html'}]({(run.evaluation / 'report.html').absolute().as_uri()})",
-            f"- MLflow: [{registered['run_id']}]({registered['page']}), {look}",
-            f"- Tracking: `{registered['tracking_uri']}`",
+            f"- [Report]({page}/artifacts/evaluation/report.html), with pictures and answers that are wrong; also in "
+            f"`{run.evaluation / 'report.html'}`",
+            f"- [Curves]({page}/model-metrics) of the training",
+            f"- [Version {registered['version']}]({version}) of {registered['model']}",
+            *(["", f"MLflow's pages, once `{registered['open_with']}` runs."] if registered["open_with"] else []),
         ]
     )
 

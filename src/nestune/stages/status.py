@@ -60,6 +60,11 @@ class RunStatus:
             found.append(f"by {state.owner}")
         if state.reason:
             found.append(state.reason)
+        return found + self.progress()
+
+    def progress(self) -> list[str]:
+        """How far the training is, for a person."""
+        found = []
         if self.step is not None:
             found.append(f"step {self.step}{f' of {self.steps}' if self.steps else ''}{self._left()}")
         losses = {"train": self.loss, "valid": self.valid_loss, "best valid": self.best_valid_loss}
