@@ -219,4 +219,5 @@ def _each_adapter_is_checked_out_and_scores_as_it_did(
         done = owner.prefect.run("-m", "nestune.cli", *command)
         assert done.returncode == 0, done.stderr
         again = read_json(owner.folder / "again.json", "")["scores"]
-        assert again == expected[run]["scores"]["candidate"]
+        figures = {name: {key: of for key, of in score.items() if key != "examples"} for name, score in again.items()}
+        assert figures == expected[run]["scores"]["candidate"]
