@@ -9,9 +9,11 @@ import yaml
 from tests.pipeline.conftest import ROOT
 
 from nestune import cli
-from nestune.config import load_config
+from nestune.config import RegistryConfig, load_config
 from nestune.evaluation.scores import MODELS
-from nestune.files import sha256_file, write_json
+from nestune.files import read_json, sha256_file, write_json
+from nestune.registry.connection import connect
+from nestune.registry.parent_run import PARENT_TAG
 from nestune.runs import RunPaths
 from nestune.stages.continual import _following
 from nestune.stages.scoring import held_out_file
@@ -89,6 +91,8 @@ def test_a_sequence_is_a_chain_of_adapters_whose_scores_make_the_matrix(
     assert Path("runs/both/continual.html").read_text().count("<tr>") >= 3
     assert Path("runs/both/continual.png").read_bytes().startswith(b"\x89PNG")
 
+    _mlflow_shows_the_sequence(load_config(Path(tasks[0])).registry, metrics)
+
     # Once more: nothing is trained, and the same is said.
     before = {path: sha256_file(path) for path in Path("runs/both").glob("continual.*")}
     with_joint = [*command, "--joint", f"runs/{NAMES[0]}/candidate"]
@@ -106,6 +110,32 @@ def test_a_sequence_is_a_chain_of_adapters_whose_scores_make_the_matrix(
     assert cli.main([*command, "--force", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["lineage"] == report["lineage"]
     assert json.loads(evaluation.read_text())["adapters"]["parent"] == made[NAMES[0]]
+
+
+def _mlflow_shows_the_sequence(registry: RegistryConfig, metrics: dict[str, float]) -> None:
+    """One MLflow run above those of the tasks, with the figures; below, each with the rows that it is made of."""
+    client = connect(registry)
+    children = [client.get_run(read_json(RunPaths.of(name).tracking, "")["run_id"]) for name in NAMES]
+    (parent,) = map(client.get_run, {child.data.tags[PARENT_TAG] for child in children})
+    assert (parent.info.run_name, parent.info.status) == ("both (sequence)", "FINISHED")
+    assert parent.data.metrics == {f"sequence/{name}": pytest.approx(value) for name, value in metrics.items()}
+    assert {file.path for file in client.list_artifacts(parent.info.run_id)} == {
+        f"continual.{ending}" for ending in ("json", "png", "html")
+    }
+    shown = {one.dataset.name: one for one in children[1].inputs.dataset_inputs}
+    contexts = {name: {tag.key: tag.value for tag in one.tags}["mlflow.data.context"] for name, one in shown.items()}
+    assert contexts == {
+        "train": "training",
+        "valid": "validation",
+        "replay/0": "replay",
+        "replay/1": "replay",
+        "retention/covered": "retention",
+        f"retention/task_{NAMES[0]}": "retention",
+    }
+    for one in shown.values():
+        file = Path(json.loads(one.dataset.source)["uri"])
+        assert sha256_file(file).startswith(one.dataset.digest)
+        assert json.loads(one.dataset.profile)["records"] == len(file.read_text().splitlines())
 
 
 def test_an_adapter_to_compare_with_that_is_not_there_is_told_before_anything_is_trained(

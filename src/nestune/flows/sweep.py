@@ -1,5 +1,6 @@
 """The flow `sweep`: a run for every point of a grid, below one MLflow run; the best goes to the registry."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from nestune.flows import tasks
 from nestune.flows.flow_log import tell_errors_once
 from nestune.flows.flow_state import end_flow_run, turn_shown
 from nestune.flows.progress import artifact_key
+from nestune.registry.parent_run import adopt, open_parent
 from nestune.run_state import owned
 from nestune.runs import RunPaths
 from nestune.stages.dead_runs import end_dead_runs
 from nestune.stages.finished import is_evaluated
-from nestune.stages.sweep import Point, adopt, open_parent, outcome_of, points, ranked, table
+from nestune.stages.sweep import Point, outcome_of, points, ranked, table
 from nestune.stages.tables import aligned
 
 
@@ -36,11 +38,11 @@ def sweep(
     end_dead_runs(end_flow_run)
     made = points(Path(path), overrides, name, grid)
     series = made[0].config.name.rpartition("-")[0]
-    parent = open_parent(made[0].config, series, grid)
+    parent = open_parent(made[0].config.registry, "sweep", series, {"grid": json.dumps(grid)})
     try:
         for point in made:
             _train(point)
-            adopt(point, parent)
+            adopt(RunPaths.of(point.config.name), parent)
         outcomes = ranked([outcome_of(point) for point in made])
         best = outcomes[0]
         registered = _register(best.point) if best.passed else None

@@ -1,7 +1,7 @@
 """An MLflow run that answers: made once, with the configuration that was asked for, and the files that it leaves."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from nestune.registry.connection import (
     tracking_uri,
     unrepeated,
 )
+from nestune.registry.dataset_inputs import dataset_inputs
 from nestune.registry.mirror import send_scores
 from nestune.registry.tracking_note import Status, TrackingNote, write_note
 from nestune.registry.versions import TAG_CHARACTERS
@@ -74,6 +75,12 @@ class MlflowRun:
         changed = {key: value for key, value in values.items() if key in before and before[key] != value}
         if changed:
             self.set_tags(changed)
+
+    def log_datasets(self, inputs: Sequence[Any]) -> None:
+        """Show which rows the run is made of; those of the same name and digest are shown once."""
+        if inputs:
+            with speaking_to(self.uri):
+                self.client.log_inputs(self.run_id, datasets=inputs)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set or replace tags of the run."""
@@ -139,6 +146,7 @@ def open_run(config: RunConfig, run: RunPaths, note: TrackingNote) -> tuple[Mlfl
                 run_id = str(client.create_run(experiment_id, tags=tags, run_name=config.name).info.run_id)
         opened = MlflowRun(client, uri, run_id)
         opened.set_configuration(config)
+        opened.log_datasets(dataset_inputs(run))
     note = note.but(run_id=run_id, tracking_uri=uri, experiment=config.registry.experiment)
     write_note(run.tracking, note)
     return opened, note

@@ -1,9 +1,12 @@
 """Tasks in sequence: each starts from the adapter of the one before; in the end every model is scored on all tasks."""
 
+import json
+import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from nestune.backends.adapters import misfits, weights_file
 from nestune.backends.base import Backend
@@ -16,6 +19,7 @@ from nestune.evaluation.continual_page import heatmap, metric_lines, render_page
 from nestune.evaluation.gate import NEW_TASK
 from nestune.evaluation.scores import Score
 from nestune.files import read_json, sha256_file, write_bytes, write_json, write_text
+from nestune.registry.parent_run import adopt, open_parent
 from nestune.registry.versions import resolve_adapter
 from nestune.run_state import owned, recorded
 from nestune.runs import RunPaths
@@ -23,6 +27,7 @@ from nestune.stages.assign import assign
 from nestune.stages.commit import commit, commits
 from nestune.stages.evaluate import evaluate
 from nestune.stages.finished import check_before_running, is_evaluated
+from nestune.stages.result import Result
 from nestune.stages.scoring import HeldOut, held_out_file, read_held_out, score_adapter
 from nestune.stages.train import train
 from nestune.stages.validate import validate
@@ -30,20 +35,14 @@ from nestune.stopping import StopRequests
 from nestune.training.checkpoints import newest_checkpoint
 
 EARLIER = "task_"  # before the name of an earlier task, as a retention set of a later one
-STAGES: dict[str, Callable[[RunConfig, RunPaths, bool], "Result"]] = {
+STAGES: dict[str, Callable[[RunConfig, RunPaths, bool], Result]] = {
     "validate": lambda config, run, _: validate(config, run),
     "tiers": lambda config, run, _: assign(config, run),
     "train": lambda config, run, force: train(config, run, force=force),
     "evaluate": lambda config, run, _: evaluate(config, run),
 }
 
-
-class Result(Protocol):
-    """What every stage returns."""
-
-    def summary(self) -> list[str]:
-        """The result for a person, a line each."""
-        ...
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,24 @@ def continual(
         write_json(sequence.root / "continual.json", report)
         write_bytes(sequence.root / "continual.png", image)
         write_text(sequence.root / "continual.html", render_page(report, image))
+        _show_in_mlflow(done, sequence, report)
     return ContinualResult(report, sequence.root / "continual.html")
+
+
+def _show_in_mlflow(tasks: Sequence[RunConfig], sequence: RunPaths, report: Mapping[str, Any]) -> None:
+    """Put the MLflow runs of the tasks below one of the sequence, which has the report; warn where that fails."""
+    try:
+        names = json.dumps([task.name for task in tasks])
+        parent = open_parent(tasks[-1].registry, "sequence", sequence.root.name, {"tasks": names})
+        for task in tasks:
+            adopt(RunPaths.of(task.name), parent)
+        values = {name: estimate["value"] for name, estimate in report["metrics"].items()}
+        finite = {f"sequence/{name}": value for name, value in values.items() if math.isfinite(value)}
+        parent.log_scores(len(tasks), finite)
+        parent.log_files(*(sequence.root / f"continual.{ending}" for ending in ("json", "png", "html")))
+        parent.end("FINISHED")
+    except RunError as error:
+        log.warning("%s MLflow does not show the sequence; the same command again will.", error)
 
 
 def _to_compare_with(joint: str, config: RunConfig, base: BaseModel) -> Path:

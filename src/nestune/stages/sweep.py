@@ -11,13 +11,9 @@ from nestune.config import RunConfig, load_config
 from nestune.errors import ConfigError
 from nestune.evaluation.gate import NEW_TASK
 from nestune.files import read_json
-from nestune.registry.connection import connect, find_experiment, speaking_to, tracking_uri
-from nestune.registry.mlflow_run import MlflowRun
-from nestune.registry.tracking_note import read_note
 from nestune.runs import RunPaths
 from nestune.stages.evaluate import EVALUATE_AGAIN
 
-PARENT_TAG = "mlflow.parentRunId"
 MOST_POINTS = 1000
 
 
@@ -70,22 +66,6 @@ def points(path: Path, overrides: Sequence[str], name: str | None, grid: Mapping
         given = [*overrides, shared, *(f"{key}={json.dumps(value)}" for key, value in chosen.items())]
         made.append(Point(chosen, load_config(path, given, f"{of_all.name}-{number}")))
     return made
-
-
-def open_parent(config: RunConfig, name: str, grid: Mapping[str, Sequence[Any]]) -> MlflowRun:
-    """The MLflow run below which those of the points are; raises ServiceError when MLflow does not answer."""
-    client, uri = connect(config.registry), tracking_uri(config.registry)
-    with speaking_to(uri):
-        tags = {"sweep": name, "grid": json.dumps(grid)}
-        made = client.create_run(find_experiment(client, config.registry), tags=tags, run_name=f"{name} (sweep)")
-    return MlflowRun(client, uri, str(made.info.run_id))
-
-
-def adopt(point: Point, parent: MlflowRun) -> None:
-    """Show the MLflow run of a trained point below that of the sweep."""
-    run_id = read_note(RunPaths.of(point.config.name).tracking).run_id
-    if run_id is not None:
-        MlflowRun(parent.client, parent.uri, run_id).set_tags({PARENT_TAG: parent.run_id})
 
 
 def outcome_of(point: Point) -> Outcome:
