@@ -55,7 +55,9 @@ def test_a_worker_runs_what_prefect_yaml_deploys_and_tells_how_it_is(prefect: Pr
     try:
         until(is_well, "the worker to be well", worker)
         deployment = prefect.api.get(DEPLOYMENT).raise_for_status().json()
-        made = prefect.api.post(f"/deployments/{deployment['id']}/create_flow_run", json={"state": {"type": "SCHEDULED"}})
+        made = prefect.api.post(
+            f"/deployments/{deployment['id']}/create_flow_run", json={"state": {"type": "SCHEDULED"}}
+        )
         flow_run = made.raise_for_status().json()["id"]
         ended = ("COMPLETED", "FAILED", "CRASHED")
         until(lambda: prefect.state(flow_run)["type"] in ended, "the flow run to end", worker)

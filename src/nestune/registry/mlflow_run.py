@@ -29,6 +29,7 @@ BATCH_PARAMS = 100
 PARAM_CHARACTERS = 6000
 
 KEY_TAG = "tracking_key"
+NOTE_TAG = "mlflow.note.content"
 LOCAL_SERVER = "http://127.0.0.1:5000"  # where `mlflow ui` listens unless told otherwise
 
 
@@ -90,6 +91,10 @@ class MlflowRun:
             self.client.log_batch(
                 self.run_id, tags=[RunTag(key, value[:TAG_CHARACTERS]) for key, value in tags.items()]
             )
+
+    def describe(self, text: str) -> None:
+        """Set or replace the description of the run, in Markdown."""
+        self.set_tags({NOTE_TAG: text})
 
     def tags(self) -> dict[str, str]:
         """All tags of the run."""

@@ -149,6 +149,13 @@ def tag_version(registry: RegistryConfig, version: str, tags: Mapping[str, str])
             client.set_model_version_tag(registry.registered_model, version, key, value[:TAG_CHARACTERS])
 
 
+def describe_version(registry: RegistryConfig, version: str, text: str) -> None:
+    """Set or replace the description of a version, in Markdown."""
+    client = connect(registry)
+    with speaking_to(address(registry)):
+        client.update_model_version(registry.registered_model, version, text)
+
+
 def aliases_of(registry: RegistryConfig, version: str) -> tuple[str, ...]:
     """The aliases that point at a version now."""
     client = connect(registry)

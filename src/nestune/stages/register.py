@@ -13,12 +13,13 @@ from nestune.evaluation.scores import columns
 from nestune.files import read_json, sha256_file, write_json, write_text
 from nestune.foreign_files import folder_at
 from nestune.registry.catching_up import resume_tracking
+from nestune.registry.connection import connect
 from nestune.registry.gate_record import GATE, REPORT, REPORT_SHA256, STEP, metrics_of
 from nestune.registry.ledger import told
 from nestune.registry.mlflow_run import MlflowRun
 from nestune.registry.model_card import CARD, markdown_table, model_card, score_text
 from nestune.registry.promotion import history_of, promote_version
-from nestune.registry.versions import SCORES, aliases_of, register_version, tag_version
+from nestune.registry.versions import SCORES, aliases_of, describe_version, register_version, tag_version
 from nestune.runs import RunPaths, record_stage
 from nestune.stages.assign import importance_behind
 from nestune.stages.evaluate import EVALUATE_AGAIN, check_seal
@@ -119,6 +120,7 @@ def register(config: RunConfig, run: RunPaths) -> RegisterResult:
         open_with=tracked.open_with(),
         waits=waits,
     )
+    _describe(config, run, result.as_dict())
     write_json(run.registration, result.as_dict())
     record_stage(run, "register", [candidate, run.evaluation], [run.registration])
     return result
@@ -142,31 +144,38 @@ def decide(config: RunConfig, run: RunPaths, approve: bool, reason: str) -> dict
 
 
 def as_markdown(run: RunPaths, registered: Mapping[str, Any]) -> str:
-    """The gate's verdict, the scores and where to look, as Markdown."""
-    report = json.loads((run.evaluation / "report.json").read_text(encoding="utf-8"))
-    scores = report["scores"]
-    titles = columns(scores)
-    rows = [[name, *(score_text(scores[model][name]) for model in titles.values())] for name in scores["candidate"]]
+    """What became of a version, the gate's reason, the scores and where to look, as Markdown."""
     waits = "waits for approval" if registered["waits"] else f"not promoted (gate: {registered['gate']})"
     verdict = "promoted to champion" if registered["promoted"] else waits
+    title = f"# {registered['model']} version {registered['version']}: {verdict}"
+    return "\n".join([title, registered["reason"], "", *_scores_and_pages(run, registered)])
+
+
+def _describe(config: RunConfig, run: RunPaths, registered: Mapping[str, Any]) -> None:
+    """Have MLflow's pages of the version and of its run tell what the gate said; who is champion may change."""
+    said = f"Gate {registered['gate']}: {registered['reason']}"
+    told = "\n".join([said, "", *_scores_and_pages(run, registered)])
+    describe_version(config.registry, registered["version"], told)
+    MlflowRun(connect(config.registry), registered["tracking_uri"], registered["run_id"]).describe(told)
+
+
+def _scores_and_pages(run: RunPaths, registered: Mapping[str, Any]) -> list[str]:
+    scores = json.loads((run.evaluation / "report.json").read_text(encoding="utf-8"))["scores"]
+    titles = columns(scores)
+    rows = [[name, *(score_text(scores[model][name]) for model in titles.values())] for name in scores["candidate"]]
     page, server = registered["page"], registered["page"].partition("/#/")[0]
     version = f"{server}/#/models/{registered['model']}/versions/{registered['version']}"
-    return "\n".join(
-        [
-            f"# {registered['model']} version {registered['version']}: {verdict}",
-            registered["reason"],
-            "",
-            *markdown_table(["set", *titles], rows),
-            "",
-            "Exact match where a set has answers, else loss in nats per token.",
-            "",
-            f"- [Report]({page}/artifacts/evaluation/report.html), with pictures and answers that are wrong; also in "
-            f"`{run.evaluation / 'report.html'}`",
-            f"- [Curves]({page}/model-metrics) of the training",
-            f"- [Version {registered['version']}]({version}) of {registered['model']}",
-            *(["", f"MLflow's pages, once `{registered['open_with']}` runs."] if registered["open_with"] else []),
-        ]
-    )
+    return [
+        *markdown_table(["set", *titles], rows),
+        "",
+        "Exact match where a set has answers, else loss in nats per token.",
+        "",
+        f"- [Report]({page}/artifacts/evaluation/report.html), with pictures and answers that are wrong; also in "
+        f"`{run.evaluation / 'report.html'}`",
+        f"- [Curves]({page}/model-metrics) of the training",
+        f"- [Version {registered['version']}]({version}) of {registered['model']}",
+        *(["", f"MLflow's pages, once `{registered['open_with']}` runs."] if registered["open_with"] else []),
+    ]
 
 
 def _scores(report: Mapping[str, Any]) -> dict[str, float]:

@@ -22,7 +22,7 @@ def write_evaluated_run(
     scale_adapter(run.candidate, factor)
     write_json(run.tiers, {"sha256": "tiers-hash", "tiers": {}})
     write_text(run.config, "name: run\n")
-    write_json(run.dataset / "report.json", {"sha256": "data-hash"})
+    write_json(run.dataset / "report.json", {"sha256": "data-hash", "sets": {}, "outputs": {}})
     score = {"loss": 0.5, "tokens": 10, "exact_match": 0.75, "answers": 4}
     of_base = read_json(run.candidate / "metadata.json", "")["base"]
     report = {

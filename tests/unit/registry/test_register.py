@@ -37,6 +37,13 @@ def test_a_candidate_that_passed_becomes_champion(config: RunConfig, evaluated_r
     assert champion_version(config) == result.version
     assert json.loads(run.registration.read_text()) == result.as_dict()
     assert "register" in read_json(run.manifest, "")
+    # MLflow's pages of the version and of its run say what the gate said, with the scores of every set.
+    client = connect(config.registry)
+    described = client.get_model_version("nestune", result.version).description
+    assert described == client.get_run(result.run_id).data.tags["mlflow.note.content"]
+    assert described.startswith(f"Gate passed: {result.reason}\n")
+    for name in read_json(run.evaluation / "report.json", "")["scores"]["candidate"]:
+        assert f"| {name} |" in described
 
 
 def test_a_candidate_that_forgot_is_registered_and_marked_but_the_champion_stays(
