@@ -173,7 +173,7 @@ def test_the_settings_of_an_adapter_choose_no_file(backend: str, tmp_path: Path)
     settings["lora_parameters"]["keys"] = ["../elsewhere", str(elsewhere)]
     (adapter / CONFIG).write_text(json.dumps(settings))
     command = [sys.executable, "-c", LOAD, backend, str(base), str(adapter)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=True)
     opened, reached = map(eval, done.stdout.splitlines()[-2:])
     of_data = {Path(path).parent for path in opened if str(tmp_path) in path}

@@ -94,7 +94,7 @@ def test_a_training_that_was_interrupted_is_not_evaluated(
 
 def test_a_training_that_is_asked_to_end_ends_its_tracked_run(configured: Configured) -> None:
     path = configured(training={"steps": 100_000, "eval_every": 5})
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
     command = [sys.executable, "-m", "nestune.cli", "run", "--config", str(path)]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         metrics = Path("runs/demo-nestune/metrics/eval_metrics.jsonl")

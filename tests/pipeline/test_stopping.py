@@ -249,7 +249,7 @@ def test_an_evaluation_after_a_stopped_one_finds_the_same(folder: Path) -> None:
 def test_a_second_ctrl_c_ends_within_a_step_and_the_checkpoint_before_goes_on(folder: Path) -> None:
     run = prepare("twice")
     command = ["train", "--config", "run.yaml", "--name", "twice", "--set", "training.checkpoint_every=4"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
     with subprocess.Popen(
         [sys.executable, "-c", SLOW_STEP, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:

@@ -42,11 +42,11 @@ def one_server(empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         patch.setenv("_MLFLOW_SERVER_ARTIFACT_ROOT", "mlflow-artifacts:/")
         patch.setenv("_MLFLOW_SERVER_ARTIFACT_DESTINATION", str(home / "artifacts"))
         patch.setenv("_MLFLOW_SERVER_SERVE_ARTIFACTS", "true")
-        before = mlflow.get_tracking_uri()
         server = MlflowServer()
         yield server
         server.stop()
-        mlflow.set_tracking_uri(before)
+        # Its application has named its own in the environment.
+        mlflow.set_tracking_uri(None)
 
 
 @pytest.fixture
