@@ -16,6 +16,7 @@ from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
 from nestune.errors import ConfigError, ServiceError
+from nestune.registry.connection import OF_TRAINING
 
 HOST = "127.0.0.1"
 HOME = Path("mlflow")
@@ -194,7 +195,7 @@ def _ended(server: Server) -> ServiceError:
 
 def _say_where(mlflow: Server, prefect: Server) -> None:
     print(
-        f"MLflow   {mlflow.address}\n"
+        f"MLflow   {mlflow.address}/#/experiments{OF_TRAINING}\n"
         f"Prefect  {prefect.address}\n"
         "Runs go there from a shell with\n"
         f"  export MLFLOW_TRACKING_URI={mlflow.address} PREFECT_API_URL={prefect.address}/api\n"

@@ -20,6 +20,7 @@ from tests.services.test_operations_page import answers
 
 from nestune.config import RegistryConfig, RunConfig
 from nestune.files import read_json
+from nestune.registry.connection import OF_TRAINING
 from nestune.registry.promotion import history_of
 
 pytestmark = pytest.mark.services
@@ -226,7 +227,7 @@ def approve(prefect: Prefect, browser: Browser, flow_run: str) -> None:
     browser.sees("facts version 1: waits for approval")
     # Its address is that of `make ui`, port 5000.
     expect(browser.page.get_by_role("link", name="Report")).to_have_attribute(
-        "href", re.compile("^http.*/artifacts/evaluation/report.html$")
+        "href", re.compile(r"^http.*/artifacts/evaluation/report.html\?workflowType=machine_learning$")
     )
     browser.field("approve").get_by_role("switch").click()
     browser.field("reason").locator("textarea").fill("read the report")
@@ -236,6 +237,7 @@ def approve(prefect: Prefect, browser: Browser, flow_run: str) -> None:
     assert prefect.state(flow_run)["type"] == "COMPLETED", (prefect.folder / "runner.log").read_text()
     browser.open(f"{pages_of(prefect)}/runs/flow-run/{flow_run}")
     browser.sees("Completed")
+    browser.sees(re.compile("facts version 1, gate passed"))
     browser.shot("completed")
     (entry,) = history_of(registry).entries
     assert (entry.version, entry.reason) == ("1", "approved: read the report")
@@ -244,25 +246,25 @@ def approve(prefect: Prefect, browser: Browser, flow_run: str) -> None:
 def look_at_mlflow(prefect: Prefect, browser: Browser, mlflow: str) -> None:
     run_id = read_json(prefect.paths("weekly").tracking, "")["run_id"]
     other = second_run(prefect)
-    browser.open(f"{mlflow}/#/experiments/1/runs/{run_id}")
+    browser.open(f"{mlflow}/#/experiments/1/runs/{run_id}{OF_TRAINING}")
     browser.sees("Registered models")
     browser.sees(re.compile("^facts$"))
     close_assistant(browser)
     browser.shot("mlflow_run")
-    browser.open(f"{mlflow}/#/experiments/1/runs/{run_id}/model-metrics")
+    browser.open(f"{mlflow}/#/experiments/1/runs/{run_id}/model-metrics{OF_TRAINING}")
     browser.page.get_by_placeholder("Search metric charts").fill("train/")
     expect(browser.page.locator(".js-plotly-plot").first).to_be_visible()
     browser.sees("learning_rate")
     browser.shot("mlflow_charts")
-    browser.open(f"{mlflow}/#/experiments/1/runs/{run_id}/artifacts/evaluation/report.html")
+    browser.open(f"{mlflow}/#/experiments/1/runs/{run_id}/artifacts/evaluation/report.html{OF_TRAINING}")
     report = browser.page.frame_locator("iframe").first
     expect(report.get_by_text("Passed the gate")).to_be_visible()
-    browser.open(f'{mlflow}/#/compare-runs?runs=["{run_id}","{other}"]&experiments=["1"]')
+    browser.open(f'{mlflow}/#/compare-runs?runs=["{run_id}","{other}"]&experiments=["1"]&{OF_TRAINING[1:]}')
     browser.sees("Comparing 2 Runs from 1 Experiment")
     browser.sees("weekly_2")
     browser.sees("train/loss")
     browser.shot("mlflow_compare")
-    browser.open(f"{mlflow}/#/models/facts/versions/1")
+    browser.open(f"{mlflow}/#/models/facts/versions/1{OF_TRAINING}")
     browser.sees("champion")
     browser.sees("adapter_sha256")
     browser.shot("mlflow_version")
@@ -270,9 +272,7 @@ def look_at_mlflow(prefect: Prefect, browser: Browser, mlflow: str) -> None:
 
 def close_assistant(browser: Browser) -> None:
     """The panel beside MLflow's pages is closed once; MLflow remembers."""
-    panel = browser.page.get_by_text("MLflow Assistant", exact=True)
-    if panel.count():
-        panel.locator("xpath=ancestor::*[.//button][1]").get_by_role("button").last.click()
+    browser.button("Close").click()
 
 
 def second_run(prefect: Prefect) -> str:

@@ -231,7 +231,7 @@ class DvcConfig(Strict):
     """DVC: where datasets and adapters are versioned. Outside of a DVC project it has no effect."""
 
     commit: bool = Field(
-        True, description="true: at the end of a run, what it leaves is put into DVC, in adapters/<run>.dvc or dvc.lock"
+        True, description="true: at the end of a run, what it leaves is put into DVC, in adapters/RUN.dvc or dvc.lock"
     )
     push: bool = Field(True, description="true: and sent to a remote, where one is set")
     remote: SafeName | None = Field(None, description="remote that it is sent to; none: the project's default remote")

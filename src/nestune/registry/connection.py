@@ -16,8 +16,8 @@ from nestune.errors import ConfigError, RunError, ServiceError
 DEFAULT_TRACKING_URI = "sqlite:///mlflow/mlflow.db"
 TRACKING_URI = "MLFLOW_TRACKING_URI"
 HTTP = ("http://", "https://")
-# MLflow's page of an experiment then begins with its runs, not with traces of prompts.
-KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"
+# MLflow's pages of trainings; without it, it shows those for traces of prompts.
+OF_TRAINING = "?workflowType=machine_learning"
 RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 # MLflow's own patience with a server that is down is minutes; a setting of the user's environment wins.
 IMPATIENT = {RETRIES: "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
@@ -133,8 +133,7 @@ def find_experiment(client: Any, registry: RegistryConfig) -> str:
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            place = artifact_location(tracking_uri(registry))
-            return str(client.create_experiment(name, artifact_location=place, tags={KIND_TAG: KIND}))
+            return str(client.create_experiment(name, artifact_location=artifact_location(tracking_uri(registry))))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise

@@ -11,6 +11,7 @@ from nestune.config import RunConfig, dump_config
 from nestune.errors import RunError
 from nestune.registry.connection import (
     HTTP,
+    OF_TRAINING,
     connect,
     find_experiment,
     impatience,
@@ -122,7 +123,7 @@ class MlflowRun:
         with speaking_to(self.uri):
             experiment_id = self.client.get_run(self.run_id).info.experiment_id
         server = self.uri.rstrip("/") if self.uri.startswith(HTTP) else LOCAL_SERVER
-        return f"{server}/#/experiments/{experiment_id}/runs/{self.run_id}"
+        return f"{server}/#/experiments/{experiment_id}/runs/{self.run_id}{OF_TRAINING}"
 
     def open_with(self) -> str | None:
         """The command that starts a server for the page; None where one is running."""

@@ -13,7 +13,7 @@ from nestune.evaluation.scores import columns
 from nestune.files import read_json, sha256_file, write_json, write_text
 from nestune.foreign_files import folder_at
 from nestune.registry.catching_up import resume_tracking
-from nestune.registry.connection import connect
+from nestune.registry.connection import OF_TRAINING, connect
 from nestune.registry.gate_record import GATE, REPORT, REPORT_SHA256, STEP, metrics_of
 from nestune.registry.ledger import told
 from nestune.registry.mlflow_run import MlflowRun
@@ -163,17 +163,17 @@ def _scores_and_pages(run: RunPaths, registered: Mapping[str, Any]) -> list[str]
     scores = json.loads((run.evaluation / "report.json").read_text(encoding="utf-8"))["scores"]
     titles = columns(scores)
     rows = [[name, *(score_text(scores[model][name]) for model in titles.values())] for name in scores["candidate"]]
-    page, server = registered["page"], registered["page"].partition("/#/")[0]
-    version = f"{server}/#/models/{registered['model']}/versions/{registered['version']}"
+    page = registered["page"].removesuffix(OF_TRAINING)
+    version = f"{page.partition('/#/')[0]}/#/models/{registered['model']}/versions/{registered['version']}"
     return [
         *markdown_table(["set", *titles], rows),
         "",
         "Exact match where a set has answers, else loss in nats per token.",
         "",
-        f"- [Report]({page}/artifacts/evaluation/report.html), with pictures and answers that are wrong; also in "
-        f"`{run.evaluation / 'report.html'}`",
-        f"- [Curves]({page}/model-metrics) of the training",
-        f"- [Version {registered['version']}]({version}) of {registered['model']}",
+        f"- [Report]({page}/artifacts/evaluation/report.html{OF_TRAINING}), with pictures and answers that are wrong; "
+        f"also in `{run.evaluation / 'report.html'}`",
+        f"- [Curves]({page}/model-metrics{OF_TRAINING}) of the training",
+        f"- [Version {registered['version']}]({version}{OF_TRAINING}) of {registered['model']}",
         *(["", f"MLflow's pages, once `{registered['open_with']}` runs."] if registered["open_with"] else []),
     ]
 
