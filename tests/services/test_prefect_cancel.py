@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.services.conftest import Prefect, configuration, until
+from tests.pipeline.conftest import ROOT
+from tests.services.conftest import Prefect, configuration, end, until
 
 from nestune.files import read_json, seal_faults, sha256_file
 from nestune.runs import RunPaths
@@ -85,6 +86,39 @@ def test_a_training_cancelled_in_prefect_is_kept_whole_and_the_next_flow_run_goe
     )
     assert len(ours) == 6  # adapter in two formats, and training state, of best and of final
     assert ours == expected
+
+
+def test_a_second_flow_run_is_shown_as_waiting_and_goes_on_where_the_first_has_stopped(served: Prefect) -> None:
+    (served.folder / "twice.yaml").write_text(
+        yaml.safe_dump(configuration("twice", training={"steps": 200, "eval_every": None}))
+    )
+    command = (ROOT / "flows" / "retrain.py", "--config", "twice.yaml")
+    run = served.paths("twice")
+    first = served.start(*command, log="first.log")
+    until(lambda: trained_steps(run) >= 3, "training to begin", first)
+    second = served.start(*command, log="second.log")
+    try:
+        until(lambda: bool(waiting(served)), "the second flow run to wait", second)
+        (flow_run,) = waiting(served)
+        assert f"waits until process {first.pid} on " in flow_run["state"]["message"]
+        assert flow_run["state"]["type"] == "RUNNING"
+
+        assert served.run("-m", "nestune.cli", "stop", "twice").returncode == 0
+        assert first.wait(60) == 3
+        until(lambda: served.state(flow_run["id"])["name"] == "Running", "the second flow run to have its turn", second)
+        assert second.wait(400) == 0, (served.folder / "second.log").read_text()
+    finally:
+        for process in (first, second):
+            end(process)
+    assert served.state(flow_run["id"])["type"] == "COMPLETED"
+    assert "went on after step " in (served.folder / "second.log").read_text()
+    assert [line["step"] for line in lines(run.metrics / "train_metrics.jsonl")] == list(range(1, 201))
+
+
+def waiting(prefect: Prefect) -> list[dict[str, Any]]:
+    """The flow runs that are shown as Waiting."""
+    chosen = {"flow_runs": {"state": {"name": {"any_": ["Waiting"]}}}}
+    return list(prefect.api.post("/flow_runs/filter", json=chosen).raise_for_status().json())
 
 
 def test_an_evaluation_cancelled_in_prefect_ends_soon_and_leaves_nothing_half_written(served: Prefect) -> None:
