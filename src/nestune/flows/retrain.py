@@ -20,6 +20,7 @@ from nestune.flows.flow_state import (
     turn_shown,
 )
 from nestune.flows.form import as_given, run_name
+from nestune.registry.model_card import markdown_table
 from nestune.run_state import owned
 from nestune.runs import RunPaths
 from nestune.stages.commit import commits
@@ -131,10 +132,9 @@ def _validated(config: RunConfig) -> Any:
 
 
 def _faults_as_markdown(error: DataError) -> str:
-    rows = [["file", "line", "field", "problem", "what to do"], ["---"] * 5]
-    rows += [[fault.file, str(fault.line or ""), fault.field, fault.problem, fault.remedy] for fault in error.faults]
-    table = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return "\n".join(["# Refused: the data", str(error).partition("\n")[0], "", *(table if error.faults else [])])
+    rows = [[fault.file, str(fault.line or ""), fault.field, fault.problem, fault.remedy] for fault in error.faults]
+    table = markdown_table(["file", "line", "field", "problem", "what to do"], rows) if rows else []
+    return "\n".join(["# Refused: the data", str(error).partition("\n")[0], "", *table])
 
 
 def _asked_and_told(results: dict[str, Any], config: RunConfig) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from nestune.flows import tasks
 from nestune.flows.flow_log import tell_errors_once
 from nestune.flows.flow_state import end_flow_run, turn_shown
 from nestune.flows.progress import artifact_key
+from nestune.registry.model_card import markdown_table
 from nestune.registry.parent_run import adopt, open_parent
 from nestune.run_state import owned
 from nestune.runs import RunPaths
@@ -56,7 +57,8 @@ def sweep(
     parent.end("FINISHED")
     rows = table(outcomes)
     told = f"best: {best.point.config.name}" if best.passed else "no point passed the gate; nothing is registered"
-    create_markdown_artifact(_as_markdown(rows, told), key=artifact_key("sweep", series), description=told)
+    shown = "\n".join([told, "", *markdown_table(rows[0], rows[1:])])
+    create_markdown_artifact(shown, key=artifact_key("sweep", series), description=told)
     get_run_logger().info("%s", "\n".join([*aligned(rows), told]))
     return {"best": best.point.config.name if best.passed else None, "rows": rows, "register": registered}
 
@@ -84,8 +86,3 @@ def _train(point: Point) -> None:
 def _register(point: Point) -> Any:
     with turn_shown() as turn, owned(RunPaths.of(point.config.name), f"Prefect flow run {flow_run.name}", turn):
         return tasks.unless_stopped(tasks.register(point.config))
-
-
-def _as_markdown(rows: Sequence[Sequence[str]], told: str) -> str:
-    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "\n".join([told, "", *("| " + " | ".join(row) + " |" for row in lines)])

@@ -119,8 +119,9 @@ def _figures(report: Mapping[str, Any]) -> list[str]:
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """A table in Markdown, a line for each row."""
-    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+    """A table in Markdown, a line for each row; what would end a cell, or a line, is escaped."""
+    escaped = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *escaped)]
 
 
 def score_text(score: Mapping[str, Any]) -> str:
