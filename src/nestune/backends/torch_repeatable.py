@@ -13,15 +13,16 @@ def repeat_on_cuda() -> None:
     # Must be in the environment before the first cuBLAS call for sums to come out the same each time.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # To fill all memory beforehand would only show who reads what was never written.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    # cuDNN's attention has none, and is taken all the same as long as PyTorch is only to warn; in the backward pass of
+    # checkpointed layers, where it is strict, another one would find other tensors than were kept.
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 @contextmanager
 def strictly() -> Iterator[None]:
     """What has no such form raises RuntimeError; attention takes its own only then, and otherwise merely warns.
 
-    Without it the backward pass over some hundred keys and more adds up in an order that changes from run to run.
+    Its backward pass over a thousand keys would add up in an order that changes from run to run.
     """
     before = torch.get_deterministic_debug_mode()
     torch.set_deterministic_debug_mode("error")
