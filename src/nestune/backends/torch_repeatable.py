@@ -33,13 +33,15 @@ def strictly() -> Iterator[None]:
 
 
 def passes_back_strictly(causal: Any) -> bool:
-    """Whether all of a model's backward pass has such a form, as far as four tokens tell; no gradient is kept."""
-    embed = causal.get_input_embeddings()
-    embedded = embed(torch.arange(4, device=embed.weight.device)[None]).detach().requires_grad_()
-    logits = causal(inputs_embeds=embedded, use_cache=False).logits
+    """Whether all of the backward pass to what is trained has such a form, as far as four tokens tell.
+
+    No gradient is kept.
+    """
+    trained = [parameter for parameter in causal.parameters() if parameter.requires_grad]
+    logits = causal(torch.arange(4, device=causal.device)[None], use_cache=False).logits
     try:
         with strictly():
-            torch.autograd.grad(logits.sum(), embedded)
+            torch.autograd.grad(logits.sum(), trained, allow_unused=True)
     except RuntimeError as error:
         if "deterministic" not in str(error):
             raise
