@@ -13,7 +13,7 @@ DEMO_BASE = Path(__file__).resolve().parents[1] / "demo" / "base"
 
 @dataclass(frozen=True)
 class Shape:
-    """The model and what it is trained on: rows x width tokens, half of them supervised."""
+    """The model, its weights' type, and what it is trained on: rows x width tokens, half of them supervised."""
 
     hidden: int
     layers: int
@@ -22,6 +22,7 @@ class Shape:
     vocabulary: int
     rows: int
     width: int
+    dtype: str = "float32"
 
 
 def write_random_base(shape: Shape, folder: Path) -> int:
@@ -43,7 +44,7 @@ def write_random_base(shape: Shape, folder: Path) -> int:
             max_position_embeddings=1024,
             tie_word_embeddings=True,
         )
-    )
+    ).to(getattr(torch, shape.dtype))
     model.save_pretrained(folder)
     for path in DEMO_BASE.glob("*token*.json"):
         shutil.copy(path, folder)

@@ -1,17 +1,19 @@
 """What tiers cost: time per step and peak memory of tier set-ups against plain LoRA, in the same run, taken in turn.
 
-    python benchmarks/tier_cost.py [--rounds 12] [--threads 1] [--clock processor|wall] [--json FILE] [--smoke]
+    python benchmarks/tier_cost.py [--model 65M|1.2B] [--rounds 12] [--threads 1] [--clock processor|wall] [--json FILE]
+                                   [--smoke]
 
-Trains a Qwen2 of 65 M parameters with random weights through the real backend. What a step costs depends on the tiers
-that are due at it, and a median over raw steps of [1, 2, 4] would be that of its cheap ones. So each kind of step, by
-its due tiers, is timed apart; a step's time is the sum over kinds of (how often the kind comes in one full cycle, the
-least common multiple of the periods) x (the median of its times). Every round takes each kind of every set-up, up to
-four times by how often it comes, all in an order of the round's own. A time ratio, which is held against its bar, is
-that of two such step times. Beside it stand the quartiles over the rounds of the ratio within a round, which keeps its
-meaning while the machine's speed drifts. The clock of one CPU thread is the processor's, which stands while other work
-of the machine has the core; with more threads, or CUDA, it is the wall's. Memory is the exact peak of tensor memory
-over one full cycle, after every tier has moved once, so that the optimizer's whole state counts. Exits with 1 when a
-bar is missed, but for --smoke.
+Trains a Qwen2 with random weights through the real backend: of 65 M parameters, or, for a GPU, which such a small one
+leaves idle, with six layers as wide as those of a model of 7 billion, in bfloat16. What a step costs depends on the
+tiers that are due at it, and a median over raw steps of [1, 2, 4] would be that of its cheap ones. So each kind of
+step, by its due tiers, is timed apart; a step's time is the sum over kinds of (how often the kind comes in one full
+cycle, the least common multiple of the periods) x (the median of its times). Every round takes each kind of every
+set-up, up to four times by how often it comes, all in an order of the round's own. A time ratio, which is held against
+its bar, is that of two such step times. Beside it stand the quartiles over the rounds of the ratio within a round,
+which keeps its meaning while the machine's speed drifts. The clock of one CPU thread is the processor's, which stands
+while other work of the machine has the core; with more threads, or CUDA, it is the wall's. Memory is the exact peak of
+tensor memory over one full cycle, after every tier has moved once, so that the optimizer's whole state counts. Exits
+with 1 when a bar is missed, but for --smoke.
 """
 
 import argparse
@@ -86,6 +88,9 @@ SET_UPS = (
     SetUp("importance, a measured step", bars=(Bar(PLAIN, 1.50, memory=None),), importance=True),
 )
 FULL = Shape(hidden=640, layers=12, intermediate=1728, heads=10, vocabulary=8192, rows=4, width=64)
+# Some 45 GiB, as every set-up has its own.
+WIDE = Shape(hidden=4096, layers=6, intermediate=11008, heads=32, vocabulary=8192, rows=8, width=1024, dtype="bfloat16")
+MODELS = {"65M": FULL, "1.2B": WIDE}
 SMOKE = Shape(hidden=32, layers=3, intermediate=64, heads=2, vocabulary=512, rows=2, width=16)
 
 
@@ -107,6 +112,7 @@ class StepKind:
 def main() -> int:
     """Measure, print, write; returns the exit code."""
     parser = argparse.ArgumentParser(description="Time per step and peak memory of tier set-ups against plain LoRA.")
+    parser.add_argument("--model", choices=MODELS, default="65M", help="what is trained; 1.2B: on a GPU")
     parser.add_argument("--rounds", type=int, default=12, help="rounds of all set-ups, 2 or more")
     parser.add_argument("--threads", type=int, default=1, help="threads that torch computes with")
     parser.add_argument("--clock", choices=CLOCKS, default="processor", help="with one CPU thread; else the wall's")
@@ -119,7 +125,7 @@ def main() -> int:
 
     torch.set_num_threads(options.threads)
     clock = "wall" if options.threads > 1 or torch.cuda.is_available() else options.clock
-    shape, rounds = (SMOKE, 2) if options.smoke else (FULL, options.rounds)
+    shape, rounds = (SMOKE, 2) if options.smoke else (MODELS[options.model], options.rounds)
     conditions = provenance()
     with TemporaryDirectory() as folder:
         parameters = write_random_base(shape, Path(folder))
@@ -137,6 +143,7 @@ def main() -> int:
         "smoke": options.smoke,
         "provenance": conditions | {"load_average_after": load_average()},
         "parameters": parameters,
+        "dtype": shape.dtype,
         "tokens": [shape.rows, shape.width],
         "rounds": rounds,
         "clock": clock,
@@ -259,8 +266,9 @@ def step_of_each_round(kinds: Sequence[StepKind]) -> list[float]:
 def show(measured: Mapping[str, Any]) -> None:
     """Print what was compared, what each kind of step took, and how it was measured."""
     machine, rows = measured["provenance"], measured["rows"]
+    size = f"{measured['parameters']:,} parameters in {measured['dtype']}"
     print_table(
-        f"{measured['parameters']:,} parameters, {measured['tokens'][0]} x {measured['tokens'][1]} tokens",
+        f"{size}, {measured['tokens'][0]} x {measured['tokens'][1]} tokens",
         ["set-up", "s a step", "MiB", "against", "time", "paired: median", "quartiles", "bar", "memory", "bar", ""],
         [
             [

@@ -294,8 +294,13 @@ def test_merging_on_quantized_weights_is_refused(base: Path, tmp_path: Path) -> 
     for to in ("merged", "gguf"):
         with pytest.raises(ConfigError, match="merging into quantized weights would lose the adapter"):
             export(config, run, to)
+
+
+def test_there_is_nothing_to_dequantize_that_mlx_has_not_quantized(base: Path, tmp_path: Path) -> None:
+    pytest.importorskip("mlx_lm")
+    config = configuration("torch", base=base, lora=LORA)
     with pytest.raises(ConfigError, match="--dequantize is for merging on a base quantized by MLX"):
-        export(config, run, "merged", dequantize=True)
+        export(config, RunPaths(tmp_path / "run"), "merged", dequantize=True)
 
 
 def test_on_a_base_that_mlx_quantized_an_adapter_is_merged_only_as_floats(tmp_path: Path) -> None:

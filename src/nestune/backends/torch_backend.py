@@ -1,10 +1,10 @@
 """Training on PyTorch (CUDA, or CPU): Transformers holds the base, PEFT the adapter, torch.optim the updates."""
 
+import logging
 import math
-import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from nestune.backends.randomness import initial_weights, step_seed
 from nestune.backends.tiered_optimizer import TieredOptimizer
 from nestune.backends.torch_lora import Part, control_lora, squared_change
 from nestune.backends.torch_model import add_lora, checkpoint_activations, greedy_generation, load_base
+from nestune.backends.torch_repeatable import passes_back_strictly, repeat_on_cuda, strictly
 from nestune.backends.torch_state import read_state, restore_state
 from nestune.backends.training_state import TrainingState, check_fits
 from nestune.base_model import a_base_that_computes, resolve_base
@@ -31,6 +32,8 @@ from nestune.data.batches import Batch
 from nestune.data.tokens import load_tokenizer, pad_id_of
 from nestune.errors import DivergedError
 from nestune.tiers.parameters import LoraParameter
+
+log = logging.getLogger(__name__)
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
@@ -58,9 +61,7 @@ class TorchBackend:
     def __init__(self, config: RunConfig) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         if self.device == "cuda":
-            # Must be in the environment before the first cuBLAS call for sums to come out the same each time.
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True, warn_only=True)
+            repeat_on_cuda()
         self._config = config
         self._base = resolve_base(config.model)
         tokenizer = load_tokenizer(self._base.folder)
@@ -77,6 +78,7 @@ class TorchBackend:
         if config.training.gradient_checkpointing:
             checkpoint_activations(self._causal)
         self._model.eval()
+        self._strict = self.device == "cuda" and passes_back_strictly(self._causal)
         matrices = trainable_lora(self._model)
         self._described = [matrix.described for matrix in matrices]
         self._parameters = {matrix.described.name: matrix.values for matrix in matrices}
@@ -94,6 +96,12 @@ class TorchBackend:
         return {name: parameter.detach().cpu().numpy().copy() for name, parameter in self._parameters.items()}
 
     def prepare_training(self, tier_of: dict[str, int]) -> None:
+        if self.device == "cuda" and not self._strict:
+            log.warning(
+                "the backward pass of %s does not give the same bits each time on CUDA: an interrupted training goes "
+                "on, but may end with other last bits than an unbroken one",
+                self._base.reference,
+            )
         tiers, training = self._config.tiers, self._config.training
         self._optimizer = TieredOptimizer(
             self._parameters,
@@ -278,7 +286,8 @@ class TorchBackend:
                 kl += divergence.item()
                 loss = loss + weight * divergence
             if loss.requires_grad:
-                loss.backward()
+                with strictly() if self._strict else nullcontext():
+                    loss.backward()
         if retention.l2:
             change = retention.l2 * squared_change(self._parameters, self._modules, self._parts, self._scale)
             if change.requires_grad:
