@@ -15,7 +15,7 @@ pytestmark = pytest.mark.services
 
 NAME = "demo-nestune"
 PAGE = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
-# Those of serving are run by test_serving.py.
+# Those of serving are run by test_model_server.py.
 BLOCKS = re.findall(r"```bash\n(.*?)```", PAGE.partition("\n## Serving\n")[0], re.DOTALL)
 
 
@@ -50,9 +50,10 @@ def answers(address: str) -> bool:
 def bash(prefect: Prefect, mlflow: str, *blocks: str) -> list[str]:
     """What blocks print, with the addresses that the page sets before them."""
     program = "\n".join(["set -euo pipefail", f"MLFLOW={mlflow}", *blocks])
-    done = subprocess.run(
-        ["bash", "-c", program], cwd=prefect.folder, env=prefect.environment, capture_output=True, text=True
-    )
+    # On a busy machine Prefect's SQLite is locked now and then, and it answers 503 and when to ask again.
+    (prefect.folder / ".curlrc").write_text("retry = 10\n")
+    environment = prefect.environment | {"CURL_HOME": str(prefect.folder)}
+    done = subprocess.run(["bash", "-c", program], cwd=prefect.folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
