@@ -135,9 +135,7 @@ def _add_talk_options(parser: argparse.ArgumentParser, command: str) -> None:
 
 def _add_deploy_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cron", metavar="WHEN", help="e.g. '0 3 * * 1', Mondays at three; none: only when asked to")
-    parser.add_argument(
-        "--timezone", default="UTC", metavar="ZONE", help="of the schedule, e.g. Europe/Berlin; default UTC"
-    )
+    parser.add_argument("--timezone", metavar="ZONE", help="of the schedule, e.g. Europe/Berlin; default UTC")
 
 
 def _positive(text: str) -> int:

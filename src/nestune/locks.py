@@ -37,6 +37,7 @@ class Owner:
         return f"process {self.pid} on {self.host} ({self.command}, since {self.since})"
 
 
+LOCKS = "NESTUNE_LOCKS"
 UNKNOWN = Owner(0, "this machine", "it has not said what", "just now", "")
 
 
@@ -62,6 +63,15 @@ def held(
         yield owner
     finally:
         os.close(handle)
+
+
+def lock_of(what: str) -> Path:
+    """The lock's file of what no run's folder holds; the host is part of its name, as home folders may be on a network.
+
+    It lies in NESTUNE_LOCKS, a folder that all who share such a thing can write to; by default every user has one.
+    """
+    folder = os.environ.get(LOCKS) or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nestune"
+    return Path(folder) / f"{socket.gethostname()}-{what}.lock"
 
 
 def owner_of(path: Path) -> Owner | None:

@@ -16,7 +16,7 @@ from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
 from nestune.errors import ConfigError, ServiceError
-from nestune.registry.connection import OF_TRAINING
+from nestune.registry.connection import DEFAULT_TRACKING_URI, OF_TRAINING, artifact_location
 
 HOST = "127.0.0.1"
 HOME = Path("mlflow")
@@ -78,12 +78,19 @@ def serve_pages() -> None:
 
 
 def mlflow_server() -> Server:
-    """MLflow on SQLite in the folder mlflow/, unless its variables name another database or place of artifacts."""
+    """MLflow on SQLite in the folder mlflow/, unless its variables name another database or place of artifacts.
+
+    In that folder artifacts are known by their place, not by the server's address: what has been trained with the
+    server is there without it, too.
+    """
+    artifacts = "MLFLOW_ARTIFACTS_DESTINATION"
     defaults = {
-        "MLFLOW_BACKEND_STORE_URI": f"sqlite:///{HOME}/mlflow.db",
-        "MLFLOW_ARTIFACTS_DESTINATION": str((HOME / "artifacts").absolute()),
+        "MLFLOW_BACKEND_STORE_URI": DEFAULT_TRACKING_URI,
+        artifacts: str((HOME / "artifacts").absolute()),
         **MLFLOW_DEFAULTS,
     }
+    if not (os.environ.get("MLFLOW_BACKEND_STORE_URI") or os.environ.get(artifacts)):
+        defaults["MLFLOW_DEFAULT_ARTIFACT_ROOT"] = str(artifact_location(DEFAULT_TRACKING_URI))
     port = _port("MLFLOW_PORT", 5000)
     command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port)]
     environment = {name: value for name, value in defaults.items() if not os.environ.get(name)}

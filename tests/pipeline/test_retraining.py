@@ -1,6 +1,7 @@
 """What a scheduled retraining finds to be new, week by week, and what it does with data that was refused."""
 
 import json
+import re
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from nestune.registry.versions import list_versions
 from nestune.runs import RunPaths
 from nestune.stages.assign import assign
 from nestune.stages.evaluate import evaluate
+from nestune.stages.finished import check_before_running
 from nestune.stages.promote import promote, rollback
-from nestune.stages.register import register
+from nestune.stages.register import decide, register
 from nestune.stages.retraining import NothingToDo, Retraining, plan_retraining
 from nestune.stages.train import train
 from nestune.stages.validate import validate
@@ -152,16 +154,27 @@ def test_what_the_gate_refused_stays_new_and_is_tried_again_only_when_something_
     assert plan(demanding).arrived == (str(first), str(second))
 
 
-def test_one_that_waits_for_approval_or_was_rolled_back_is_not_trained_again(folder: Path, facts: list[str]) -> None:
+def test_one_that_waits_for_approval_is_asked_for_again_and_one_that_was_rolled_back_not_trained_again(
+    folder: Path, facts: list[str]
+) -> None:
     arrive("week1.jsonl", facts[:16])
-    assert retrain(plan("registry.promote=approve"))["waits"]
+    first = plan("registry.promote=approve")
+    assert retrain(first)["waits"]
     assert history_of(configured().registry).champion is None
-    assert "the gate let it pass" in nothing("registry.promote=approve")
+    asked = plan("registry.promote=approve")
+    assert asked.config == first.config
+    finished = check_before_running(asked.config, RunPaths.of(asked.config.name))
+    assert finished is not None
+    assert finished.as_dict()["waits"]
+    decide(asked.config, RunPaths.of(asked.config.name), False, "not now")
+    assert "the gate let it pass: learned" in nothing("registry.promote=approve")
+    assert "(not approved: not now)" in nothing("registry.promote=approve")
     promote(configured().registry, "1")
     arrive("week2.jsonl", facts[16:32])
     assert retrain(plan())["promoted"]
     rollback(configured().registry, "too rude")
     assert "version 2 was trained on what has arrived" in nothing()
+    assert re.search(r"; rolled back by \S+ at \S+: too rude\. It would end so again", nothing())
 
 
 def test_bad_rows_stop_it_until_they_are_mended(folder: Path, facts: list[str]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from mlflow import MlflowClient
 from tests.pipeline.conftest import Configured, configured, project, world  # noqa: F401
 
 from nestune import cli
@@ -128,10 +129,15 @@ def test_only_this_machine_reaches_the_pages_and_ctrl_c_ends_both(tmp_path: Path
         assert again.returncode == 2
         assert f"port {mlflow} is taken" in again.stderr
         assert f"PREFECT_SERVER_API_PORT={prefect + 1}" in again.stderr
+        client = MlflowClient(f"http://127.0.0.1:{mlflow}")
+        run_id = client.create_run(client.create_experiment("kept")).info.run_id
+        client.log_text(run_id, "of a run", "note.txt")
         process.send_signal(signal.SIGINT)
         assert process.wait(PATIENCE_S) == 0
     assert not [member for member in family if member.is_running() and member.status() != psutil.STATUS_ZOMBIE]
-    assert (tmp_path / "mlflow" / "mlflow.db").exists()
+    # What was logged to the server is there without it, too.
+    without = MlflowClient(f"sqlite:///{tmp_path}/mlflow/mlflow.db")
+    assert Path(without.download_artifacts(run_id, "note.txt")).read_text() == "of a run"
 
 
 def test_a_server_that_cannot_start_is_told_with_what_it_said(tmp_path: Path) -> None:

@@ -1,17 +1,11 @@
 """One training at a time on an accelerator, by a lock of the operating system."""
 
 import logging
-import os
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Literal
 
-from nestune.locks import Owner, held
-
-# A folder that all who share the accelerator can write to; by default every user has one.
-LOCKS = "NESTUNE_LOCKS"
+from nestune.locks import Owner, held, lock_of
 
 log = logging.getLogger(__name__)
 
@@ -45,11 +39,5 @@ def accelerator_held(
             log.warning("%s is in use by %s; waiting for it to end (training.when_busy)", name, owner)
 
     remedy = "Wait for it to end, or set training.when_busy to wait, or to share"
-    with held(_lock_of(name), command, name, checking if when_busy == "wait" else None, remedy):
+    with held(lock_of(name), command, name, checking if when_busy == "wait" else None, remedy):
         yield
-
-
-def _lock_of(name: str) -> Path:
-    """The lock's file; the host is part of its name, as home folders may be on a network."""
-    folder = os.environ.get(LOCKS) or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nestune"
-    return Path(folder) / f"{socket.gethostname()}-{name}.lock"

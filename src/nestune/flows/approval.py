@@ -7,6 +7,7 @@ from prefect.input import RunInput
 from pydantic import Field
 
 from nestune.config import RunConfig
+from nestune.files import read_json
 from nestune.flows.flow_state import has_server
 from nestune.flows.tasks import decide
 from nestune.runs import RunPaths
@@ -33,5 +34,8 @@ def asked(config: RunConfig, registered: dict[str, Any]) -> dict[str, Any]:
         return registered
     form = Approval.with_initial_data(description=as_markdown(RunPaths.of(config.name), registered))
     said = pause_flow_run(wait_for_input=form, timeout=APPROVAL_S, key="approval")
+    now: dict[str, Any] = read_json(RunPaths.of(config.name).registration, "Run nestune register again.")
+    if not now["waits"]:  # another flow run has asked, too, and has had its answer
+        return now
     decided: dict[str, Any] = decide(config, said.approve, said.reason)
     return decided

@@ -20,6 +20,7 @@ from nestune.registry.model_card import markdown_table
 from nestune.registry.parent_run import adopt, open_parent
 from nestune.run_state import owned
 from nestune.runs import RunPaths
+from nestune.stages.commit import commits
 from nestune.stages.dead_runs import end_dead_runs
 from nestune.stages.finished import is_evaluated
 from nestune.stages.sweep import Point, outcome_of, points, ranked, table
@@ -85,4 +86,7 @@ def _train(point: Point) -> None:
 
 def _register(point: Point) -> Any:
     with turn_shown() as turn, owned(RunPaths.of(point.config.name), f"Prefect flow run {flow_run.name}", turn):
-        return tasks.unless_stopped(tasks.register(point.config))
+        registered = tasks.unless_stopped(tasks.register(point.config))
+        if commits(point.config):
+            tasks.unless_stopped(tasks.commit(point.config))
+    return registered

@@ -21,6 +21,8 @@ from nestune.data.lineage import EarlierTask, Set, earlier_tasks, rows_of, uniqu
 from nestune.data.records import Record, digests_in, read_records
 from nestune.files import read_json, sha256_file, write_json
 from nestune.registry.gate_record import GATE
+from nestune.registry.ledger import Promotion, told
+from nestune.registry.promotion import history_of
 from nestune.registry.versions import CHAMPION, Version, fitting_champion, list_versions, resolve_adapter
 from nestune.runs import RUNS, RunPaths
 from nestune.stages.earlier import KNOWN_REMEDY, known_files
@@ -98,9 +100,14 @@ def plan_retraining(config: RunConfig, day: date, force: bool = False) -> Retrai
     versions = list_versions(registry)
     same = [one for one in versions if one.tags.get(ATTEMPT) == attempt]
     tried = [one for one in same if one.tags.get(GATE) in ("passed", "refused")]
-    if tried and not force:
-        return NothingToDo(_tried(tried[-1], registry.registered_model))
-    content["name"] = _name(series, day, attempt, [one.tags.get("run", "") for one in versions])
+    waits = bool(tried) and _waits(tried[-1])
+    undone = history_of(registry).undone(tried[-1].number) if tried else None
+    if tried and not force and (undone is not None or not waits):
+        return NothingToDo(_tried(tried[-1], registry.registered_model, undone))
+    if waits and not force:
+        content["name"] = tried[-1].tags["run"]
+    else:
+        content["name"] = _name(series, day, attempt, [one.tags.get("run", "") for one in versions])
     if not config.retention.replay.earlier_tasks:  # else they are found through the parent
         content["data"]["retention"] |= _held_out(tasks, config, series)
     return Retraining(_of(content, config), version, tuple(map(str, arrived)), attempt)
@@ -110,8 +117,8 @@ def attempt_tags(run: RunPaths) -> dict[str, str]:
     """What the version of a run is tagged with that was planned here; nothing for others."""
     if not run.retraining.exists():
         return {}
-    told = read_json(run.retraining, "Delete it; the data then counts as not tried.", keys=[ATTEMPT, ARRIVED])
-    return {ATTEMPT: told[ATTEMPT], ARRIVED: " ".join(told[ARRIVED])}
+    noted = read_json(run.retraining, "Delete it; the data then counts as not tried.", keys=[ATTEMPT, ARRIVED])
+    return {ATTEMPT: noted[ATTEMPT], ARRIVED: " ".join(noted[ARRIVED])}
 
 
 def _first_parent(config: RunConfig) -> str | None:
@@ -146,11 +153,18 @@ def _attempt(content: Mapping[str, Any], config: RunConfig) -> str:
     return hashlib.sha256(json.dumps([decides, files], sort_keys=True).encode()).hexdigest()
 
 
-def _tried(version: Version, model: str) -> str:
+def _waits(version: Version) -> bool:
+    """Whether a person is still to say if a version is promoted: the flow run that asked has not had its answer."""
+    registration = RunPaths.of(version.tags["run"]).registration
+    return registration.exists() and bool(read_json(registration, "Run nestune register again.").get("waits"))
+
+
+def _tried(version: Version, model: str, undone: Promotion | None) -> str:
     """What became of a version that was trained on the same."""
     tags = version.tags
     became = f"the gate {'refused it' if tags[GATE] == 'refused' else 'let it pass'}: {tags.get('gate_reason', '')}"
     word = f" ({tags['approval']})" if "approval" in tags else ""
+    word += f"; {told(undone)}" if undone is not None else ""
     return (
         f"version {version.number} was trained on what has arrived, with this configuration, and is not champion: "
         f"{became}{word}. It would end so again: add data, change the configuration, promote it (nestune promote "

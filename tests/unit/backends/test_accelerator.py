@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from nestune.backends.accelerator import LOCKS, accelerator_held
+from nestune.backends.accelerator import accelerator_held
 from nestune.errors import BusyError, StoppedError
-from nestune.locks import owner_of
+from nestune.locks import LOCKS, owner_of
 
 HOLD = """
 import sys
