@@ -72,8 +72,7 @@ class _Runner(Runner):
         await self.start()
 
     def handle_sigterm(self, *_: Any, **__: Any) -> None:
-        # Python's own helper processes are children, too, and end with this one.
-        started = [child for child in psutil.Process().children() if _runs_flow(child)]
+        started = [child for child in psutil.Process().children() if not _is_of_python(child)]
         for process in started:
             with suppress(psutil.NoSuchProcess):
                 process.terminate()
@@ -88,11 +87,12 @@ class _Runner(Runner):
         self._served_by.call_soon_threadsafe(self._serving.cancel)
 
 
-def _runs_flow(process: psutil.Process) -> bool:
+def _is_of_python(process: psutil.Process) -> bool:
+    """Whether it is a helper of Python's own, which takes no signal, and ends with its parent."""
     try:
-        return any(part.startswith("prefect.") for part in process.cmdline())
+        return any("resource_tracker" in part for part in process.cmdline())
     except psutil.NoSuchProcess:
-        return False
+        return True
 
 
 def _is_at_work(process: psutil.Process) -> bool:
