@@ -21,7 +21,7 @@ COMMANDS = {
     "promote": "make a version champion that the gate let pass",
     "rollback": "make the champion before the present one champion again",
     "status": "tell how a run stands, or all of them: step, losses, updates, tokens/s, time left",
-    "ui": "start the pages of MLflow and Prefect, for this machine, until Ctrl-C",
+    "ui": "start the pages of MLflow (at MLFLOW_PORT) and Prefect (PREFECT_SERVER_API_PORT) on this machine",
     "stop": "ask a run to stop at its next step, with a checkpoint, and wait until it has",
 }
 STAGES = ("validate", "tiers", "train", "evaluate", "register")

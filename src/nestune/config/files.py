@@ -25,6 +25,8 @@ def load_config(path: Path, overrides: Sequence[str] = (), name: str | None = No
 
     Raises ConfigError with every fault at once: unknown keys, wrong values, paths that do not exist.
     """
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder. Name the YAML file of the run with --config.")
     try:
         raw = read_yaml(read_bounded(path, MAX_BYTES).decode("utf-8"))
     except OSError as error:
