@@ -5,6 +5,7 @@ import json
 import logging
 import socket
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -43,8 +44,19 @@ class MlflowServer:
     def start(self) -> None:
         if self._server is None:
             logging.getLogger("werkzeug").setLevel(logging.CRITICAL)
-            self._server = make_server("127.0.0.1", self.port, self._answer, threaded=True)
+            self._server = self._listening()
             threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    def _listening(self) -> BaseWSGIServer:
+        """A server at the port, which what the last one has left may hold for a moment yet, on a busy machine."""
+        give_up_at = time.monotonic() + 60
+        while True:
+            try:
+                return make_server("127.0.0.1", self.port, self._answer, threaded=True)
+            except SystemExit:  # of werkzeug, which takes itself for a command
+                if time.monotonic() > give_up_at:
+                    raise OSError(f"port {self.port} stays taken") from None
+                time.sleep(0.1)
 
     def stop(self) -> None:
         self.cure()
