@@ -161,6 +161,11 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_if_file(path: Path) -> str | None:
+    """As `sha256_file`; None where there is no file."""
+    return sha256_file(path) if path.is_file() else None
+
+
 def sha256_files(folder: Path, files: Iterable[Path]) -> str:
     """SHA-256 over the names (relative to `folder`) and contents of files, in hex; the order does not matter."""
     total = hashlib.sha256()

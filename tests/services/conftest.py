@@ -96,9 +96,7 @@ def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect]:
     )
     (folder / "demo").mkdir()
     (folder / "demo" / "base").symlink_to(ROOT / "demo" / "base")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     environment = {
         **os.environ,
         "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}",
@@ -143,6 +141,13 @@ def configuration(name: str, **blocks: dict[str, Any]) -> dict[str, Any]:
     for block, values in blocks.items():
         content[block] = content.get(block, {}) | values
     return RunConfig.model_validate(content).model_dump(mode="json")
+
+
+def free_port() -> int:
+    """A port of this machine at which nothing listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def until(happened: Callable[[], bool], what: str, process: "subprocess.Popen[bytes] | None" = None) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tests.services.conftest import end, until
+from tests.services.conftest import end, free_port, until
 
 from nestune.config import RunConfig, load_config
 from nestune.errors import ServiceError
@@ -27,9 +27,7 @@ KEY, SECRET = "nestune-key-id", "nestune-secret"
 def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A bucket, and the server's address; the keys to it are in the environment."""
     (tmp_path / "served" / "bucket").mkdir(parents=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")

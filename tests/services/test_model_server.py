@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ import httpx
 import pytest
 import yaml
 from tests.pipeline.conftest import ROOT
-from tests.services.conftest import configuration, end, until
+from tests.services.conftest import configuration, end, free_port, until
 
 pytestmark = pytest.mark.services
 
@@ -46,9 +45,7 @@ class Served:
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """The champion of a short training, served without a network, from where the base has moved to."""
     folder = tmp_path_factory.mktemp("serving")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",

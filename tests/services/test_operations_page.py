@@ -1,7 +1,6 @@
 """The commands of docs/operations.md, as they stand there, against real servers."""
 
 import re
-import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from tests.pipeline.conftest import ROOT
-from tests.services.conftest import Prefect, end, until
+from tests.services.conftest import Prefect, end, free_port, until
 
 pytestmark = pytest.mark.services
 
@@ -22,9 +21,7 @@ BLOCKS = re.findall(r"```bash\n(.*?)```", PAGE.partition("\n## Serving\n")[0], r
 @pytest.fixture
 def serving(prefect: Prefect) -> Iterator[str]:
     """The demo's configuration served, and MLflow's server; the address of that."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     content = yaml.safe_load((ROOT / "configs" / "demo_nestune.yaml").read_text())
     content["retention"] = {"recipe": "none"}
     content["training"] |= {"steps": 4000}

@@ -5,7 +5,6 @@
 
 import os
 import re
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 import yaml
 from playwright.sync_api import expect
 from tests.pipeline.conftest import ROOT
-from tests.services.conftest import Prefect, configuration, end, until
+from tests.services.conftest import Prefect, configuration, end, free_port, until
 from tests.services.pages import Browser, chromium
 from tests.services.test_operations_page import answers
 
@@ -52,9 +51,7 @@ def form(prefect: Prefect) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def mlflow(prefect: Prefect) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     (prefect.folder / "mlflow").mkdir(exist_ok=True)
     store = "sqlite:///mlflow/mlflow.db"
     server = prefect.start("-m", "mlflow", "ui", "--backend-store-uri", store, "--port", port, log="mlflow.log")
@@ -157,6 +154,7 @@ def test_a_training_is_started_watched_cancelled_gone_on_with_and_approved_on_th
     going_on = run_again(prefect, browser, started)
     approve(prefect, browser, going_on)
     look_at_mlflow(prefect, browser, mlflow)
+    assert prefect.status("weekly")["state"] == "finished"
 
 
 def start_with_other_periods(prefect: Prefect, form: str, browser: Browser) -> str:

@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,21 +15,15 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 from tests.pipeline.conftest import Configured, configured, project, world  # noqa: F401
+from tests.services.conftest import PATIENCE_S, free_port
 
 from nestune import cli
 
 pytestmark = pytest.mark.services
 
 ROOT = Path(__file__).parents[2]
-PATIENCE_S = 400
 POSTGRESQL = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
 SAID = "Ctrl-C ends both."
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def until(happened: Callable[[], bool], what: str, process: "subprocess.Popen[bytes]", log: Path) -> None:

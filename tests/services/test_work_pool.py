@@ -1,14 +1,13 @@
 """A deployment of `prefect.yaml` in a work pool, whose worker is started and asked how it is as the Dockerfile says."""
 
 import json
-import socket
 import subprocess
 from typing import Any
 
 import pytest
 import yaml
 from tests.pipeline.conftest import ROOT
-from tests.services.conftest import Prefect, configuration, end, until
+from tests.services.conftest import Prefect, configuration, end, free_port, until
 
 pytestmark = pytest.mark.services
 
@@ -40,9 +39,7 @@ def test_a_worker_runs_what_prefect_yaml_deploys_and_tells_how_it_is(prefect: Pr
         done = prefect.run("-m", "prefect", *command)
         assert done.returncode == 0, done.stdout + done.stderr
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     prefect.environment["PREFECT_WORKER_WEBSERVER_PORT"] = port
     asked = [word.replace(PORT, port) for word in words("HEALTHCHECK")]
     assert any(port in word for word in asked)

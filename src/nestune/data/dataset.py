@@ -15,7 +15,7 @@ from nestune.data.records import read_records
 from nestune.data.report import EarlierSets, set_names, settings_of
 from nestune.data.tokens import Row, Tokenizer, encode_all
 from nestune.errors import Fault, RunError
-from nestune.files import read_json, sha256_file
+from nestune.files import read_json, sha256_if_file
 
 REMEDY = "Run nestune validate again."
 
@@ -97,7 +97,7 @@ def load_dataset(
     names = set_names(data, retention, earlier)
     if set(report.sets) != set(names) or set(report.outputs) != {f"{name}.jsonl" for name in names}:
         raise RunError(f"{written} names other sets than its settings make. {REMEDY}")
-    changed = [name for name, sha256 in report.outputs.items() if _hash(folder / name) != sha256]
+    changed = [name for name, sha256 in report.outputs.items() if sha256_if_file(folder / name) != sha256]
     if changed:
         raise RunError(f"{folder}: {', '.join(changed)} changed since validation. {REMEDY}")
     return Dataset(folder, tuple(report.sets), report.sha256, tokenizer, max_length, vocabulary)
@@ -110,7 +110,3 @@ class _Report(pydantic.BaseModel):
     sets: dict[str, Any]
     outputs: dict[str, str]
     sha256: str
-
-
-def _hash(path: Path) -> str | None:
-    return sha256_file(path) if path.is_file() else None

@@ -17,7 +17,8 @@ from prefect.states import Crashed, Running
 
 from nestune.errors import ServiceError
 from nestune.locks import Owner
-from nestune.run_state import RunState
+from nestune.run_state import RunState, owned
+from nestune.runs import RunPaths
 
 # A flow run that became Running later than a stage of it was noted is at work again; clocks are not that far apart.
 CLOCKS_DIFFER = timedelta(seconds=5)
@@ -36,7 +37,13 @@ def is_being_cancelled() -> bool:
 
 
 @contextmanager
-def turn_shown() -> Iterator[Callable[[Owner | None], None]]:
+def alone(run: RunPaths) -> Iterator[None]:
+    """Have a run alone; while another process has it, it is waited for, and the flow run is shown as Waiting."""
+    with owned(run, f"Prefect flow run {flow_run.name}", turn_shown()):
+        yield
+
+
+def turn_shown() -> Callable[[Owner | None], None]:
     """What a lock is to call while it is waited for: the flow run is then shown as Waiting, and why, until it has it.
 
     It is called with the owner of the lock, again and again, and with None when the wait is over.
@@ -52,7 +59,7 @@ def turn_shown() -> Iterator[Callable[[Owner | None], None]]:
             get_run_logger().warning("%s", message)
             _show(Running(name=WAITING, message=message))
 
-    yield tell
+    return tell
 
 
 def name_flow_run(name: str) -> None:

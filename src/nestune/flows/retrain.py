@@ -14,14 +14,13 @@ from nestune.flows import tasks
 from nestune.flows.approval import asked
 from nestune.flows.flow_log import tell_errors_once
 from nestune.flows.flow_state import (
+    alone,
     end_flow_run,
     is_being_cancelled,
     name_flow_run,
-    turn_shown,
 )
 from nestune.flows.form import as_given, run_name
 from nestune.registry.model_card import markdown_table
-from nestune.run_state import owned
 from nestune.runs import RunPaths
 from nestune.stages.commit import commits
 from nestune.stages.dead_runs import end_dead_runs
@@ -91,7 +90,7 @@ def plan(config: RunConfig, force: bool) -> Retraining | NothingToDo:
 
 def _of_what_arrived(config: RunConfig, force: bool, resume: bool) -> tuple[dict[str, Any] | NothingToDo, RunConfig]:
     """Plan a retraining and train it, alone in its series, so that what comes second sees what the first has made."""
-    with turn_shown() as turn, owned(RunPaths.of(config.name), f"Prefect flow run {flow_run.name}", turn):
+    with alone(RunPaths.of(config.name)):
         planned = plan(config, force)
         if isinstance(planned, NothingToDo):
             return planned, config
@@ -105,7 +104,7 @@ def _through_all_stages(
 ) -> dict[str, Any]:
     """The results of the stages; only that of the last one, where the run had finished."""
     run = RunPaths.of(config.name)
-    with turn_shown() as turn, owned(run, f"Prefect flow run {flow_run.name}", turn):
+    with alone(run):
         finished = check_before_running(config, run, force, resume)
         if finished is not None:
             get_run_logger().info("%s", ": ".join(finished.summary()))
@@ -153,5 +152,5 @@ def _committed(results: dict[str, Any], config: RunConfig) -> dict[str, Any]:
     """The results, in a DVC project with what was put into DVC."""
     if not commits(config):
         return results
-    with turn_shown() as turn, owned(RunPaths.of(config.name), f"Prefect flow run {flow_run.name}", turn):
+    with alone(RunPaths.of(config.name)):
         return results | {"commit": tasks.unless_stopped(tasks.commit(config))}

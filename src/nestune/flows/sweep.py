@@ -8,17 +8,15 @@ from typing import Any
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
 from prefect.exceptions import CancelledRun
-from prefect.runtime import flow_run
 from prefect.states import Cancelled
 
 from nestune.errors import StoppedError
 from nestune.flows import tasks
 from nestune.flows.flow_log import tell_errors_once
-from nestune.flows.flow_state import end_flow_run, turn_shown
+from nestune.flows.flow_state import alone, end_flow_run
 from nestune.flows.progress import artifact_key
 from nestune.registry.model_card import markdown_table
 from nestune.registry.parent_run import adopt, open_parent
-from nestune.run_state import owned
 from nestune.runs import RunPaths
 from nestune.stages.commit import commits
 from nestune.stages.dead_runs import end_dead_runs
@@ -75,7 +73,7 @@ def sweep_once(path: Path, grid: Mapping[str, Sequence[Any]], overrides: Sequenc
 def _train(point: Point) -> None:
     """Take a point through its stages up to the evaluation, unless it has been."""
     config, run = point.config, RunPaths.of(point.config.name)
-    with turn_shown() as turn, owned(run, f"Prefect flow run {flow_run.name}", turn):
+    with alone(run):
         if is_evaluated(config, run):
             return
         for task in (tasks.validate, tasks.tiers):
@@ -85,7 +83,7 @@ def _train(point: Point) -> None:
 
 
 def _register(point: Point) -> Any:
-    with turn_shown() as turn, owned(RunPaths.of(point.config.name), f"Prefect flow run {flow_run.name}", turn):
+    with alone(RunPaths.of(point.config.name)):
         registered = tasks.unless_stopped(tasks.register(point.config))
         if commits(point.config):
             tasks.unless_stopped(tasks.commit(point.config))

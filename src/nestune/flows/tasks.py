@@ -79,8 +79,8 @@ def train(config: RunConfig, force: bool, resume: bool) -> Result:
     from nestune.stages.train import train as stage
 
     run = RunPaths.of(config.name)
-    with progress_shown(run), turn_shown() as turn:
-        return stage(config, run, force=force, resume=resume, waiting=turn)
+    with progress_shown(run):
+        return stage(config, run, force=force, resume=resume, waiting=turn_shown())
 
 
 @task(task_run_name="evaluate", cache_policy=NO_CACHE)

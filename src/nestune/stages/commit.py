@@ -17,7 +17,7 @@ from nestune.backends.adapters import WEIGHTS
 from nestune.config import RunConfig, load_config
 from nestune.dvc_project import DvcProject, Tracker, absolute, dvc_project, is_run_by_dvc, project_root
 from nestune.errors import ConfigError, RunError
-from nestune.files import read_json, sha256_file, write_bytes, write_text
+from nestune.files import read_json, sha256_if_file, write_bytes, write_text
 from nestune.registry.mlflow_run import flatten
 from nestune.registry.versions import tag_version
 from nestune.runs import RUNS, RunPaths
@@ -161,7 +161,7 @@ def _commit_data(project: DvcProject, run: RunPaths) -> list[str]:
     """Bring up to date what tracks the files that the run's dataset was made of; what that is."""
     report = run.dataset / "report.json"
     sources: dict[str, str] = read_json(report, "Run nestune validate again.", keys=["sources"])["sources"]
-    changed = [path for path, sha256 in sources.items() if _sha256(Path(path)) != sha256]
+    changed = [path for path, sha256 in sources.items() if sha256_if_file(Path(path)) != sha256]
     found = []
     for tracker in project.trackers():
         if not tracker.is_data or any(absolute(path).is_relative_to(absolute(RUNS)) for path in tracker.outputs):
@@ -177,10 +177,6 @@ def _commit_data(project: DvcProject, run: RunPaths) -> list[str]:
             project.commit(tracker.address)
         found.append(tracker.address)
     return found
-
-
-def _sha256(path: Path) -> str | None:
-    return sha256_file(path) if path.is_file() else None
 
 
 def _file_of(address: str) -> str:

@@ -13,7 +13,7 @@ from nestune.evaluation.scores import columns
 from nestune.files import read_json, sha256_file, write_json, write_text
 from nestune.foreign_files import folder_at
 from nestune.registry.catching_up import resume_tracking
-from nestune.registry.connection import OF_TRAINING, connect
+from nestune.registry.connection import OF_TRAINING
 from nestune.registry.gate_record import GATE, REPORT, REPORT_SHA256, STEP, metrics_of
 from nestune.registry.ledger import told
 from nestune.registry.mlflow_run import MlflowRun
@@ -120,7 +120,7 @@ def register(config: RunConfig, run: RunPaths) -> RegisterResult:
         open_with=tracked.open_with(),
         waits=waits,
     )
-    _describe(config, run, result.as_dict())
+    _describe(config, tracked, run, result.as_dict())
     write_json(run.registration, result.as_dict())
     record_stage(run, "register", [candidate, run.evaluation], [run.registration])
     return result
@@ -151,12 +151,12 @@ def as_markdown(run: RunPaths, registered: Mapping[str, Any]) -> str:
     return "\n".join([title, registered["reason"], "", *_scores_and_pages(run, registered)])
 
 
-def _describe(config: RunConfig, run: RunPaths, registered: Mapping[str, Any]) -> None:
+def _describe(config: RunConfig, tracked: MlflowRun, run: RunPaths, registered: Mapping[str, Any]) -> None:
     """Have MLflow's pages of the version and of its run tell what the gate said; who is champion may change."""
     said = f"Gate {registered['gate']}: {registered['reason']}"
     told = "\n".join([said, "", *_scores_and_pages(run, registered)])
     describe_version(config.registry, registered["version"], told)
-    MlflowRun(connect(config.registry), registered["tracking_uri"], registered["run_id"]).describe(told)
+    tracked.describe(told)
 
 
 def _scores_and_pages(run: RunPaths, registered: Mapping[str, Any]) -> list[str]:

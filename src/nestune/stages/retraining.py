@@ -65,8 +65,9 @@ def plan_retraining(config: RunConfig, day: date, force: bool = False) -> Retrai
     """What a retraining of a series, as `config` describes it and names it, trains today.
 
     Each gets a run named `<series>-<day>`, or goes on with one that was interrupted. What a version was trained on so
-    before that did not become champion is not tried again, unless `force` asks for it. The held-out part of every
-    earlier task joins the retention sets.
+    before that did not become champion is not tried again, unless `force` asks for it; the run of one that waits for a
+    person's word is gone on with, so that it is asked for again. The held-out part of every earlier task joins the
+    retention sets.
     Raises DataError for files that cannot be read, ConfigError when the champion is of another base, or when the rows
     of an earlier task are not found; ServiceError when MLflow does not answer.
     """
@@ -100,11 +101,10 @@ def plan_retraining(config: RunConfig, day: date, force: bool = False) -> Retrai
     versions = list_versions(registry)
     same = [one for one in versions if one.tags.get(ATTEMPT) == attempt]
     tried = [one for one in same if one.tags.get(GATE) in ("passed", "refused")]
-    waits = bool(tried) and _waits(tried[-1])
-    undone = history_of(registry).undone(tried[-1].number) if tried else None
-    if tried and not force and (undone is not None or not waits):
-        return NothingToDo(_tried(tried[-1], registry.registered_model, undone))
-    if waits and not force:
+    if tried and not force:
+        undone = history_of(registry).undone(tried[-1].number)
+        if undone is not None or not _waits(tried[-1]):
+            return NothingToDo(_tried(tried[-1], registry.registered_model, undone))
         content["name"] = tried[-1].tags["run"]
     else:
         content["name"] = _name(series, day, attempt, [one.tags.get("run", "") for one in versions])
