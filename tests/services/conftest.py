@@ -1,4 +1,4 @@
-"""A real Prefect server, and a process that serves the flow."""
+"""Real servers: Prefect's with a process that serves the flow, and one of S3's protocol."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from nestune.files import read_json
 from nestune.runs import RunPaths
 
 PATIENCE_S = 400
+
+S3_KEY, S3_SECRET = "nestune-key-id", "nestune-secret"
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,26 @@ def configuration(name: str, **blocks: dict[str, Any]) -> dict[str, Any]:
     for block, values in blocks.items():
         content[block] = content.get(block, {}) | values
     return RunConfig.model_validate(content).model_dump(mode="json")
+
+
+@contextmanager
+def s3_server(folder: Path) -> Iterator[str]:
+    """A server of S3's protocol whose buckets are the folders of a folder; its address. Keys: S3_KEY, S3_SECRET."""
+    port = free_port()
+    # Beside the interpreter: it came with a package, and the venv's commands need not be on the PATH.
+    rclone = Path(sys.executable).with_name("rclone")
+    command = [rclone, "serve", "s3", "--addr", f"127.0.0.1:{port}", "--auth-key", f"{S3_KEY},{S3_SECRET}", folder]
+    server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        until(lambda: _listens(port), "S3 to answer", server)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        end(server)
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 def free_port() -> int:

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tests.services.conftest import end, free_port, until
+from tests.services.conftest import S3_KEY, S3_SECRET, s3_server
 
 from nestune.config import RunConfig, load_config
 from nestune.errors import ServiceError
@@ -20,30 +19,16 @@ from nestune.stages.commit import commit
 
 pytestmark = pytest.mark.services
 
-KEY, SECRET = "nestune-key-id", "nestune-secret"
-
 
 @pytest.fixture
 def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A bucket, and the server's address; the keys to it are in the environment."""
     (tmp_path / "served" / "bucket").mkdir(parents=True)
-    port = free_port()
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", S3_KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", S3_SECRET)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    rclone = str(Path(sys.executable).with_name("rclone"))
-    command = [rclone, "serve", "s3", "--addr", f"127.0.0.1:{port}", "--auth-key", f"{KEY},{SECRET}"]
-    server = subprocess.Popen([*command, str(tmp_path / "served")], stderr=subprocess.DEVNULL)
-    try:
-        until(lambda: answers(port), "the server to answer", server)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        end(server)
-
-
-def answers(port: int) -> bool:
-    with socket.socket() as client:
-        return client.connect_ex(("127.0.0.1", port)) == 0
+    with s3_server(tmp_path / "served") as address:
+        yield address
 
 
 def said_by(*command: str) -> str:
@@ -81,7 +66,7 @@ def test_a_run_is_sent_to_s3_and_comes_back_and_wrong_keys_cost_nothing(
         commit(config, run)
     assert "up to date" in dvc("status")
 
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", S3_SECRET)
     assert commit(config, run).remote == "store"
     assert "in sync" in dvc("status", "--cloud")
     assert list((tmp_path / "served" / "bucket" / "nestune").rglob("*.dir"))

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 from tests.pipeline.conftest import Configured, configured, project, world  # noqa: F401
-from tests.services.conftest import PATIENCE_S, free_port
+from tests.services.conftest import PATIENCE_S, S3_KEY, S3_SECRET, free_port, s3_server
 
 from nestune import cli
 
@@ -82,23 +82,6 @@ def postgresql(folder: Path) -> Iterator[int]:
         shutil.rmtree(place)
 
 
-@contextmanager
-def s3(folder: Path) -> Iterator[str]:
-    """A server of S3's protocol with the bucket `artifacts`, a folder on disk; its address."""
-    port = free_port()
-    (folder / "s3" / "artifacts").mkdir(parents=True)
-    log = folder / "s3.log"
-    with log.open("wb") as file:
-        command = ["rclone", "serve", "s3", "--addr", f"127.0.0.1:{port}", "--auth-key", "key,secret", folder / "s3"]
-        process = subprocess.Popen(command, stdout=file, stderr=file)
-    try:
-        until(lambda: "Starting s3 server" in log.read_text(), "S3 to answer", process, log)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait()
-
-
 def test_only_this_machine_reaches_the_pages_and_ctrl_c_ends_both(tmp_path: Path) -> None:
     # What a script runs in its background ignores Ctrl-C, and so would all that is started from there.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -161,7 +144,8 @@ def test_a_pipeline_on_postgresql_with_artifacts_in_s3(
     folder = tmp_path_factory.mktemp("servers")
     with ExitStack() as servers:
         database = servers.enter_context(postgresql(folder))
-        address = servers.enter_context(s3(folder))
+        (folder / "s3" / "artifacts").mkdir(parents=True)
+        address = servers.enter_context(s3_server(folder / "s3"))
         _, mlflow, prefect = servers.enter_context(
             pages(
                 folder,
@@ -169,8 +153,8 @@ def test_a_pipeline_on_postgresql_with_artifacts_in_s3(
                 PREFECT_SERVER_DATABASE_CONNECTION_URL=f"postgresql+asyncpg://postgres@127.0.0.1:{database}/prefect",
                 MLFLOW_ARTIFACTS_DESTINATION="s3://artifacts",
                 MLFLOW_S3_ENDPOINT_URL=address,
-                AWS_ACCESS_KEY_ID="key",
-                AWS_SECRET_ACCESS_KEY="secret",
+                AWS_ACCESS_KEY_ID=S3_KEY,
+                AWS_SECRET_ACCESS_KEY=S3_SECRET,
             )
         )
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{mlflow}")
