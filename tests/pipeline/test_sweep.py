@@ -11,6 +11,7 @@ from tests.pipeline.conftest import ROOT, Configured, run_python
 from nestune.config import RunConfig, load_config
 from nestune.errors import ConfigError
 from nestune.files import read_json, sha256_file, write_json
+from nestune.flows.sweep import sweep_once
 from nestune.registry.connection import connect
 from nestune.registry.versions import list_versions
 from nestune.runs import RunPaths
@@ -54,6 +55,9 @@ def test_a_grid_that_is_none_is_refused(configured: Configured) -> None:
             points(path, [], None, {key: list(values) for key, values in grid.items()})
     with pytest.raises(ConfigError, match=r"learning_rate"):
         points(path, [], None, {"training.learning_rate": [1e-3, -1.0]})
+    # Before there is a flow run, whose failure would be all that Prefect shows.
+    with pytest.raises(ConfigError, match=r"lerning_rate"):
+        sweep_once(Path(path), {"training.lerning_rate": [1e-3]}, [], None)
 
 
 def score(exact_match: float | None, loss: float = 1.0) -> dict[str, float | None]:

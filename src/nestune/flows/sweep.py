@@ -13,7 +13,7 @@ from prefect.states import Cancelled
 from nestune.errors import StoppedError
 from nestune.flows import tasks
 from nestune.flows.flow_log import tell_errors_once
-from nestune.flows.flow_state import alone, end_flow_run
+from nestune.flows.flow_state import alone, end_flow_run, name_flow_run
 from nestune.flows.progress import artifact_key
 from nestune.registry.model_card import markdown_table
 from nestune.registry.parent_run import adopt, open_parent
@@ -38,6 +38,7 @@ def sweep(
     end_dead_runs(end_flow_run)
     made = points(Path(path), overrides, name, grid)
     series = made[0].config.name.rpartition("-")[0]
+    name_flow_run(series)
     parent = open_parent(made[0].config.registry, "sweep", series, {"grid": json.dumps(grid)})
     try:
         for point in made:
@@ -63,7 +64,11 @@ def sweep(
 
 
 def sweep_once(path: Path, grid: Mapping[str, Sequence[Any]], overrides: Sequence[str], name: str | None) -> Any:
-    """As `sweep`; raises StoppedError when a run was asked to stop."""
+    """As `sweep`; raises StoppedError when a run was asked to stop.
+
+    What is wrong with the grid, or a configuration that it makes, is raised before there is a flow run.
+    """
+    points(path, overrides, name, grid)
     try:
         return sweep(str(path), {key: list(values) for key, values in grid.items()}, tuple(overrides), name)
     except CancelledRun as stopped:

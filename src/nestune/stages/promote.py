@@ -16,18 +16,22 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PromoteResult:
-    """The champion of a registered model now, the one that a rollback goes back to, and the entry that made it so."""
+    """The champion of a registered model now, the one that a rollback goes back to, and the entry that made it so.
+
+    already: whether it was champion before, so that no entry was written, and no reason kept.
+    """
 
     model: str
     champion: str | None
     previous: str | None
     entry: Promotion
+    already: bool = False
 
     @classmethod
-    def of(cls, registry: RegistryConfig, history: History) -> "PromoteResult":
+    def of(cls, registry: RegistryConfig, history: History, already: bool = False) -> "PromoteResult":
         """What a history ends with, where there is a champion."""
-        earlier = history.earlier
-        return cls(registry.registered_model, history.champion, earlier[-1] if earlier else None, history.entries[-1])
+        previous = history.earlier[-1] if history.earlier else None
+        return cls(registry.registered_model, history.champion, previous, history.entries[-1], already)
 
     def as_dict(self) -> dict[str, Any]:
         """The result as JSON."""
@@ -35,8 +39,9 @@ class PromoteResult:
 
     def summary(self) -> list[str]:
         """The result for a person."""
+        stays = "was champion already, nothing was changed" if self.already else "is champion"
         return [
-            f"{self.model} version {self.champion} is champion: {told(self.entry)}",
+            f"{self.model} version {self.champion} {stays}: {told(self.entry)}",
             f"previous: version {self.previous}" if self.previous else "there is no earlier one to go back to",
         ]
 
@@ -52,6 +57,7 @@ def promote(registry: RegistryConfig, version: str, force: bool = False, reason:
         raise ConfigError("--force passes over the gate: say why with --reason, which is kept with the promotion")
     _check_reason(reason)
     check_version(registry, version)
+    already = history_of(registry).champion == version
     if force:
         force_version(registry, version, reason, _sha256_of(registry, version))
     else:
@@ -63,9 +69,9 @@ def promote(registry: RegistryConfig, version: str, force: bool = False, reason:
             )
         _promote_passed(registry, record, reason or record.report["reason"])
     history = history_of(registry)
-    if history.champion == version:
+    if history.champion == version and not already:
         tag_version(registry, version, {"promotion": told(history.entries[-1])})
-    return PromoteResult.of(registry, history)
+    return PromoteResult.of(registry, history, already)
 
 
 def rollback(registry: RegistryConfig, reason: str = "", to: str | None = None) -> PromoteResult:

@@ -132,6 +132,8 @@ def status(run: RunPaths | None) -> StatusResult:
 def read_status(run: RunPaths) -> RunStatus:
     """How a run stands, from its folder."""
     state = read_state(run)
+    if state.state == "new":
+        state = _came_from_elsewhere(run) or state
     steps = _lines(run.metrics / TRAIN_METRICS, TAIL_BYTES)
     if not steps:
         return RunStatus(run.root.name, state, steps=_steps(run))
@@ -157,7 +159,15 @@ def read_status(run: RunPaths) -> RunStatus:
 
 
 def _is_run(run: RunPaths) -> bool:
-    return any(path.exists() for path in (run.state, run.config, run.lock))
+    # Not the lock: that of a series of retrainings is in a folder of the series' name, which is no run.
+    return run.state.exists() or run.config.exists() or _came_from_elsewhere(run) is not None
+
+
+def _came_from_elsewhere(run: RunPaths) -> RunState | None:
+    """How a run stands that another machine has made, from what `dvc pull` has brought; None where nothing tells."""
+    left = {"register": run.registration, "evaluate": run.evaluation / "report.json", "train": run.candidate}
+    stage = next((stage for stage, path in left.items() if path.exists()), None)
+    return RunState("finished", stage) if stage is not None else None
 
 
 def _steps(run: RunPaths) -> int | None:

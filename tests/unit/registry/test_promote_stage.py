@@ -67,6 +67,20 @@ def test_what_passed_can_be_promoted_again_after_a_rollback(config: RunConfig, e
     result = promote(config.registry, second.version)
     assert (result.champion, result.previous) == (second.version, first.version)
     assert result.entry.reason == "learned +0.50 on new_task"
+    assert not result.already
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_the_champion_stays_it_without_an_entry_and_that_is_said(
+    config: RunConfig, evaluated_run: EvaluatedRun, force: bool
+) -> None:
+    version = register(config, evaluated_run(passed=True)).version
+    before, tags = history_of(config.registry), connect(config.registry).get_model_version("nestune", version).tags
+    result = promote(config.registry, version, force, reason="once more")
+    assert result.already
+    assert result.summary()[0].startswith(f"nestune version {version} was champion already, nothing was changed: ")
+    assert history_of(config.registry) == before
+    assert connect(config.registry).get_model_version("nestune", version).tags == tags
 
 
 @pytest.mark.parametrize("what", ["metric", "metric at its step", "gate", "report", "adapter", "weights"])

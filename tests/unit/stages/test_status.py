@@ -96,14 +96,18 @@ def test_all_runs_are_told_of_in_a_table(run: RunPaths, capsys: pytest.CaptureFi
         train(run, steps=2)
     write_text(Path("runs/other/config.yaml"), "not: a run's")
     Path("runs/no-run").mkdir()
-    assert cli.main(["status"]) == 0
+    write_text(Path("runs/pulled/evaluation/report.json"), "{}")
+    with owned(RunPaths.of("series"), "the lock of a series of retrainings"):
+        write_text(RunPaths.of("series").earlier / "valid.jsonl", "")
+        assert cli.main(["status"]) == 0
     rows = [row.split() for row in capsys.readouterr().out.splitlines()]
     assert rows == [
         ["run", "state", "stage", "step", "loss"],
         ["other", "new"],
+        ["pulled", "finished", "evaluate"],
         ["r", "finished", "train", "2/10", "0.500"],
     ]
-    assert set(shown()) == {"other", "r"}
+    assert set(shown()) == {"other", "pulled", "r"}
 
 
 def test_an_unknown_run_is_an_error(run: RunPaths) -> None:
