@@ -214,7 +214,9 @@ def _praise(checks: Sequence[Check]) -> str:
     kept = [(check.seen, check) for check in checks if check.rule.kind == "kept" and check.seen is not None]
     beyond = f", {_side(gain)}" if any(c.rule.against != gain.rule.against for _, c in kept) else ""
     noise = ", within noise" if gain.within_noise else ""
-    parts = [f"learned {_change(gain)} on {gain.set}{beyond}{noise}"]
+    nothing = gain.seen is not None and gain.seen <= TOLERANCE
+    learned = "learned nothing, which is allowed," if nothing else f"learned {_change(gain)}"
+    parts = [f"{learned} on {gain.set}{beyond}{'' if nothing else noise}"]
     if kept:
         # Measures have different units, so the largest is the one that used up most of its limit.
         seen, worst = max(kept, key=lambda one: one[0] / (one[1].rule.limit or TOLERANCE))

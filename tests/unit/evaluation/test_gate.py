@@ -345,7 +345,9 @@ def test_a_gain_that_noise_explains_is_nothing_learned() -> None:
 
 
 def test_where_no_gain_is_asked_noise_does_not_matter() -> None:
-    assert decide(scores(counted(10, 2, 2, 36)), LENIENT.model_copy(update={"min_gain": 0.0})).passed
+    verdict = decide(scores(counted(10, 2, 2, 36)), LENIENT.model_copy(update={"min_gain": 0.0}))
+    assert verdict.passed
+    assert verdict.reason.startswith("learned nothing, which is allowed, on new_task; ")
 
 
 def test_how_sure_it_must_be_is_configured() -> None:
