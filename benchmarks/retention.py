@@ -72,12 +72,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def joined(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What parts say that were measured apart, as one; of what several have the last one's counts."""
+    """What parts say that were measured apart, as one; of a method, or a bar, in several the last one counts."""
     keys = ("one_task", "sequence", "bars", "parts")
     whole: dict[str, Any] = {key: [] for key in keys}
     for part in measured:
-        whole |= {key: part[key] or whole[key] for key in ("one_task", "sequence")}
-        whole |= {key: [*whole[key], *part[key]] for key in ("bars", "parts")}
+        whole["parts"] = [*whole["parts"], *part["parts"]]
+        for key, named in (("one_task", "method"), ("sequence", "method"), ("bars", "what")):
+            again = {row[named]: row for row in part[key]}
+            kept = [again.pop(row[named], row) for row in whole[key]]
+            whole[key] = [*kept, *again.values()]
     return whole | {"seeds": max(part["seeds"] for part in measured)}
 
 

@@ -163,11 +163,17 @@ ONE_TASK: tuple[Method, ...] = (
 )
 
 REPLAY_ALONE: Blocks = {"retention": {"strength": None, "replay": {"rows_per_step": 8}}}
-RECIPE: Blocks = {"retention": {"recipe": "with_replay"}}
-# As many steps as a third task may cost, and so many before the model is held that a contradicting skill is learned.
-FREE_LONGER: Blocks = {"retention": {"recipe": "with_replay", "kl": {"after": 0.55}}}
-# What no replayed row tells must be restored from texts, for longer, and may cost a little more of what is new.
-QUESTIONS: Blocks = {"retention": {"recipe": "with_replay", "kl": {"after": 0.4}, "strength": {"min_share": 0.95}}}
+# A third task may cost so much; with fewer new rows a step, what is replayed counts for more in it.
+RECIPE: Blocks = {"training": {"batch_size": 12}, "retention": {"recipe": "with_replay"}}
+# What no replayed row tells must be restored from what the teacher writes, for longer, and may cost a little more of
+# what is new. Its texts tell what it is surest of; answers to questions about nobody hold the rest as well.
+QUESTIONS: Blocks = {
+    "retention": {
+        "recipe": "with_replay",
+        "kl": {"after": 0.4, "self_written": {"texts": 500}},
+        "strength": {"min_share": 0.93},
+    }
+}
 ALL, QUARTER = "general/replay", "general/quarter"
 JOINT, ONE_BY_ONE, REPLAY = "joint training", "plain LoRA, task by task", "replay"
 STORED, REPLAY_QUARTER = "recipe, 64 rows stored", "replay of a quarter"
@@ -185,9 +191,9 @@ SEQUENCE: tuple[SequenceMethod, ...] = (
     ),
     SequenceMethod(ONE_BY_ONE, 2e-3, 250, {"retention": {"strength": None}}, control=True),
     SequenceMethod(REPLAY, 2e-3, 400, REPLAY_ALONE, ALL, earlier=True, control=True),
-    SequenceMethod(WITH_REPLAY, 5e-3, 620, FREE_LONGER, ALL, earlier=True),
-    SequenceMethod(STORED, 5e-3, 560, RECIPE, ALL, earlier=True, store=64, control=True),
+    SequenceMethod(WITH_REPLAY, 5e-3, 620, RECIPE, ALL, earlier=True),
+    SequenceMethod(STORED, 5e-3, 620, RECIPE, ALL, earlier=True, store=64, control=True),
     SequenceMethod(REPLAY_QUARTER, 2e-3, 400, REPLAY_ALONE, QUARTER, earlier=True, control=True),
-    # As many questions in the forms that are known, about names that nobody has, as texts.
-    SequenceMethod(RECIPE_QUESTIONS, 4e-3, 850, QUESTIONS, QUARTER, earlier=True, questions=1000),
+    # Three times as many questions in the forms that are known, about names that nobody has, as texts.
+    SequenceMethod(RECIPE_QUESTIONS, 4e-3, 850, QUESTIONS, QUARTER, earlier=True, questions=1500),
 )
