@@ -1,5 +1,6 @@
 """The benchmark of retention: its splits are disjoint, its figures are what the rows say, a real cell runs."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -20,8 +21,6 @@ SETS = ("covered", "uncovered", "skill")
 @pytest.fixture(scope="module")
 def modules() -> Iterator[Any]:
     """The benchmark's modules, which lie beside each other in no package."""
-    import importlib
-
     sys.path.insert(0, str(BENCHMARKS))
     names = ("cell", "cells", "methods", "runs", "summary", "world")
     try:
@@ -206,6 +205,27 @@ def test_a_cell_trains_and_scores_every_row(modules: Any, world: Any, tmp_path: 
     assert result["cpu"]["texts"] > 0
     # Skills are nobody's facts, and count as mentioned.
     assert result["mentioned"]["skill"] == "1" * 30
+
+
+def test_of_parts_measured_apart_the_last_one_that_has_a_method_counts(modules: Any) -> None:
+    joined = importlib.import_module("retention").joined
+
+    def part(name: str, seeds: int, **figures: int) -> dict[str, Any]:
+        rows = [{"method": method, "figure": figure} for method, figure in figures.items()]
+        return {"one_task": rows, "sequence": [], "bars": [{"what": name}], "parts": [name], "seeds": seeds}
+
+    whole = joined([part("all", 5, plain=1, recipe=2), part("again", 3, recipe=3, other=4)])
+    assert whole == {
+        "one_task": [
+            {"method": "plain", "figure": 1},
+            {"method": "recipe", "figure": 3},
+            {"method": "other", "figure": 4},
+        ],
+        "sequence": [],
+        "bars": [{"what": "all"}, {"what": "again"}],
+        "parts": ["all", "again"],
+        "seeds": 5,
+    }
 
 
 def test_the_command_refuses_what_it_cannot_do() -> None:
