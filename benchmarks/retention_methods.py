@@ -191,8 +191,8 @@ SEQUENCE: tuple[SequenceMethod, ...] = (
     ),
     SequenceMethod(ONE_BY_ONE, 2e-3, 250, {"retention": {"strength": None}}, control=True),
     SequenceMethod(REPLAY, 2e-3, 400, REPLAY_ALONE, ALL, earlier=True, control=True),
-    SequenceMethod(WITH_REPLAY, 5e-3, 620, RECIPE, ALL, earlier=True),
-    SequenceMethod(STORED, 5e-3, 620, RECIPE, ALL, earlier=True, store=64, control=True),
+    SequenceMethod(WITH_REPLAY, 5e-3, 650, RECIPE, ALL, earlier=True),
+    SequenceMethod(STORED, 5e-3, 650, RECIPE, ALL, earlier=True, store=64, control=True),
     SequenceMethod(REPLAY_QUARTER, 2e-3, 400, REPLAY_ALONE, QUARTER, earlier=True, control=True),
     # Three times as many questions in the forms that are known, about names that nobody has, as texts.
     SequenceMethod(RECIPE_QUESTIONS, 4e-3, 850, QUESTIONS, QUARTER, earlier=True, questions=1500),

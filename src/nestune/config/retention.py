@@ -185,8 +185,8 @@ class StrengthConfig(Strict):
 
 # What benchmarks/retention.py found best. Learning comes first, and then half of every step restores what it has cost,
 # which keeps more than as many rows every few steps. Replayed rows slow learning down, so it has more time, and three
-# quarters restore in the rest of it; its strength gives up a little more. Without them, what comes back is as varied as
-# the texts are, so there are more.
+# quarters restore in the rest of it; over a sequence small factors add up, so they lie closer. Without replayed rows,
+# what comes back is as varied as the texts are, so there are more.
 EACH_STEP: dict[str, Any] = {"weight": 10.0, "every": 1}
 RECIPES: dict[str, dict[str, Any]] = {
     "none": {},
@@ -197,7 +197,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "with_replay": {
         "replay": {"earlier_tasks": True},
         "kl": EACH_STEP | {"after": 0.55, "rows_per_step": 0.75, "self_written": {"texts": 1000, "opening": "both"}},
-        "strength": {"min_share": 0.95, "factors": (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)},
+        "strength": {"factors": (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)},
     },
 }
 
