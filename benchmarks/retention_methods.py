@@ -164,7 +164,14 @@ ONE_TASK: tuple[Method, ...] = (
 
 REPLAY_ALONE: Blocks = {"retention": {"strength": None, "replay": {"rows_per_step": 8}}}
 # A third task may cost so much; with fewer new rows a step, what is replayed counts for more in it.
-RECIPE: Blocks = {"training": {"batch_size": 12}, "retention": {"recipe": "with_replay"}}
+RECIPE: Blocks = {
+    "training": {"batch_size": 12},
+    "retention": {
+        "recipe": "with_replay",
+        "kl": {"rows_per_step": 0.6},
+        "strength": {"factors": [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]},
+    },
+}
 # What no replayed row tells must be restored from what the teacher writes, for longer, and may cost a little more of
 # what is new. Its texts tell what it is surest of; answers to questions about nobody hold the rest as well.
 QUESTIONS: Blocks = {
@@ -191,8 +198,8 @@ SEQUENCE: tuple[SequenceMethod, ...] = (
     ),
     SequenceMethod(ONE_BY_ONE, 2e-3, 250, {"retention": {"strength": None}}, control=True),
     SequenceMethod(REPLAY, 2e-3, 400, REPLAY_ALONE, ALL, earlier=True, control=True),
-    SequenceMethod(WITH_REPLAY, 5e-3, 650, RECIPE, ALL, earlier=True),
-    SequenceMethod(STORED, 5e-3, 650, RECIPE, ALL, earlier=True, store=64, control=True),
+    SequenceMethod(WITH_REPLAY, 5e-3, 620, RECIPE, ALL, earlier=True),
+    SequenceMethod(STORED, 5e-3, 620, RECIPE, ALL, earlier=True, store=64, control=True),
     SequenceMethod(REPLAY_QUARTER, 2e-3, 400, REPLAY_ALONE, QUARTER, earlier=True, control=True),
     # Three times as many questions in the forms that are known, about names that nobody has, as texts.
     SequenceMethod(RECIPE_QUESTIONS, 4e-3, 850, QUESTIONS, QUARTER, earlier=True, questions=1500),
