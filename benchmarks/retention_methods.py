@@ -164,21 +164,14 @@ ONE_TASK: tuple[Method, ...] = (
 
 REPLAY_ALONE: Blocks = {"retention": {"strength": None, "replay": {"rows_per_step": 8}}}
 # A third task may cost so much; with fewer new rows a step, what is replayed counts for more in it.
-RECIPE: Blocks = {
-    "training": {"batch_size": 12},
-    "retention": {
-        "recipe": "with_replay",
-        "kl": {"rows_per_step": 0.6},
-        "strength": {"factors": [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]},
-    },
-}
+RECIPE: Blocks = {"training": {"batch_size": 12}, "retention": {"recipe": "with_replay"}}
 # What no replayed row tells must be restored from what the teacher writes, for longer, and may cost a little more of
 # what is new. Its texts tell what it is surest of; answers to questions about nobody hold the rest as well.
 QUESTIONS: Blocks = {
     "retention": {
         "recipe": "with_replay",
-        "kl": {"after": 0.4, "self_written": {"texts": 500}},
-        "strength": {"min_share": 0.93},
+        "kl": {"after": 0.4, "rows_per_step": 0.75, "self_written": {"texts": 500}},
+        "strength": {"min_share": 0.93, "factors": [0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0]},
     }
 }
 ALL, QUARTER = "general/replay", "general/quarter"
