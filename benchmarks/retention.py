@@ -87,7 +87,8 @@ def joined(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 PAGE = """# What keeps knowledge, measured
 
 Written by `benchmarks/retention.py --page`; what is compared and how stands in that file. The same figures seed by
-seed are in `benchmarks/results/retention.json`.
+seed are in `benchmarks/results/retention.json`. Of a method that two of the commands below have measured, the figures
+are those of the later one.
 
 ![learning against forgetting](retention.png)
 
@@ -117,8 +118,8 @@ On one to five seeds each, while the recipes were found; what is told is their d
   place of 1000 of each keep as much in all (585 and 588 of 619 uncovered rows). Fewer texts leave more rows
   unmentioned, 163 in place of 42, and so no longer only those that the base is least sure of; 0.93 of them are kept in
   both. Three quarters of each restoring step in place of half: 595 of 619, and as much of the tasks. A strength that
-  gives up a tenth of what was learned, in place of a twentieth: 595, too, 155 of 161 unmentioned, and 0.96 of the tasks
-  in place of 0.98.
+  gives up a tenth of what was learned in place of a twentieth, its factors closer, at half of each step: 595, too, 155
+  of 161 unmentioned, and 0.96 of the tasks in place of 0.98.
 - With 16 new rows a step the third task cost 0.67 of joint training's CPU time, with 12 it learns as much. To give up a
   twentieth of each task by its strength costs a sequence 0.02 of its average accuracy, and keeps hardly more.
 - Going on with the parent's own matrices (`start: continue`) would save a fifth of a step, and does not go with a
