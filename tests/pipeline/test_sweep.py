@@ -33,6 +33,7 @@ def test_every_point_is_a_run_below_one_mlflow_run_and_the_best_is_registered(co
     assert [trained[name]["tiers"]["update_every"] for name in names] == PERIODS
     (version,) = list_versions(config.registry)
     assert f"best: {version.tags['run']}" in said.stderr + said.stdout
+    assert "Flow run 'swept' - Finished in state Completed()" in said.stderr
     client = connect(config.registry)
     parents = {
         client.get_run(read_json(RunPaths.of(name).tracking, "")["run_id"]).data.tags["mlflow.parentRunId"]

@@ -8,12 +8,14 @@ from typing import Any
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
 from prefect.exceptions import CancelledRun
+from prefect.runtime import flow_run
 from prefect.states import Cancelled
 
+from nestune.config import load_config
 from nestune.errors import StoppedError
 from nestune.flows import tasks
 from nestune.flows.flow_log import tell_errors_once
-from nestune.flows.flow_state import alone, end_flow_run, name_flow_run
+from nestune.flows.flow_state import alone, end_flow_run
 from nestune.flows.progress import artifact_key
 from nestune.registry.model_card import markdown_table
 from nestune.registry.parent_run import adopt, open_parent
@@ -25,7 +27,13 @@ from nestune.stages.sweep import Point, outcome_of, points, ranked, table
 from nestune.stages.tables import aligned
 
 
-@flow(name="sweep")
+def series_name() -> str:
+    """The name of the series that a flow run is asked for: its runs are `<series>-1`, `<series>-2`, ..."""
+    asked = flow_run.parameters
+    return load_config(Path(asked["path"]), asked["overrides"], asked["name"]).name
+
+
+@flow(name="sweep", flow_run_name=series_name)
 def sweep(
     path: str, grid: dict[str, list[Any]], overrides: tuple[str, ...] = (), name: str | None = None
 ) -> dict[str, Any] | Any:
@@ -38,7 +46,6 @@ def sweep(
     end_dead_runs(end_flow_run)
     made = points(Path(path), overrides, name, grid)
     series = made[0].config.name.rpartition("-")[0]
-    name_flow_run(series)
     parent = open_parent(made[0].config.registry, "sweep", series, {"grid": json.dumps(grid)})
     try:
         for point in made:
