@@ -213,18 +213,16 @@ def _praise(checks: Sequence[Check]) -> str:
     (gain,) = (check for check in checks if check.rule.kind == "learned")
     kept = [(check.seen, check) for check in checks if check.rule.kind == "kept" and check.seen is not None]
     beyond = f", {_side(gain)}" if any(c.rule.against != gain.rule.against for _, c in kept) else ""
-    noise = ", within noise" if gain.within_noise else ""
     nothing = gain.seen is not None and gain.seen <= TOLERANCE
     learned = "learned nothing, which is allowed," if nothing else f"learned {_change(gain)}"
-    parts = [f"{learned} on {gain.set}{beyond}{'' if nothing else noise}"]
+    parts = [f"{learned} on {gain.set}{beyond}{_noise(gain)}"]
     if kept:
         # Measures have different units, so the largest is the one that used up most of its limit.
         seen, worst = max(kept, key=lambda one: one[0] / (one[1].rule.limit or TOLERANCE))
         what = "largest drop" if worst.measure == "exact_match" else "largest rise of loss"
         decimals = _decimals(seen, worst.rule)
         interval = f" {worst.interval.text(decimals)}" if worst.interval else ""
-        noise = ", within noise" if worst.within_noise else ""
-        lost = f"{what} {seen:.{decimals}f}{interval} on {worst.set}, {_side(worst)}{noise}"
+        lost = f"{what} {seen:.{decimals}f}{interval} on {worst.set}, {_side(worst)}{_noise(worst)}"
         parts.append(lost if seen > TOLERANCE else f"nothing worse than the {worst.rule.against}")
     if not _shows_what_was_kept(checks):
         parts.append(UNSHOWN)
@@ -249,8 +247,12 @@ def _blame(checks: Sequence[Check]) -> str:
 
 
 def _failure(check: Check) -> str:
-    noise = ", within noise" if check.within_noise and (check.seen or 0) > TOLERANCE else ""
-    return f"{check.set} {_change(check)}{noise}"
+    return f"{check.set} {_change(check)}{_noise(check)}"
+
+
+def _noise(check: Check) -> str:
+    """That what was gained, or lost, may be chance, where anything was."""
+    return ", within noise" if check.within_noise and (check.seen or 0) > TOLERANCE else ""
 
 
 def _limit(check: Check) -> str:

@@ -1,7 +1,7 @@
 """What Prefect's server shows of a flow run, where the flow itself has to ask for it or to say it."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import datetime, timedelta
 from uuid import UUID
 
@@ -36,11 +36,9 @@ def is_being_cancelled() -> bool:
     return state is not None and state.is_cancelling()
 
 
-@contextmanager
-def alone(run: RunPaths) -> Iterator[None]:
+def alone(run: RunPaths) -> AbstractContextManager[Owner]:
     """Have a run alone; while another process has it, it is waited for, and the flow run is shown as Waiting."""
-    with owned(run, f"Prefect flow run {flow_run.name}", turn_shown()):
-        yield
+    return owned(run, f"Prefect flow run {flow_run.name}", turn_shown())
 
 
 def turn_shown() -> Callable[[Owner | None], None]:

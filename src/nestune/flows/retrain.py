@@ -13,12 +13,7 @@ from nestune.errors import DataError, StoppedError
 from nestune.flows import tasks
 from nestune.flows.approval import asked
 from nestune.flows.flow_log import tell_errors_once
-from nestune.flows.flow_state import (
-    alone,
-    end_flow_run,
-    is_being_cancelled,
-    name_flow_run,
-)
+from nestune.flows.flow_state import alone, end_flow_run, is_being_cancelled, name_flow_run
 from nestune.flows.form import as_given, run_name
 from nestune.registry.model_card import markdown_table
 from nestune.runs import RunPaths

@@ -165,6 +165,8 @@ def _is_run(run: RunPaths) -> bool:
 
 def _came_from_elsewhere(run: RunPaths) -> RunState | None:
     """How a run stands that another machine has made, from what `dvc pull` has brought; None where nothing tells."""
+    if run.state.exists():
+        return None
     left = {"register": run.registration, "evaluate": run.evaluation / "report.json", "train": run.candidate}
     stage = next((stage for stage, path in left.items() if path.exists()), None)
     return RunState("finished", stage) if stage is not None else None

@@ -110,6 +110,13 @@ def test_all_runs_are_told_of_in_a_table(run: RunPaths, capsys: pytest.CaptureFi
     assert set(shown()) == {"other", "pulled", "r"}
 
 
+def test_a_run_whose_state_cannot_be_read_is_not_taken_for_finished(run: RunPaths) -> None:
+    write_text(run.evaluation / "report.json", "{}")
+    assert read_status(run).state.state == "finished"
+    write_text(run.state, "{")
+    assert read_status(run).state.state == "new"
+
+
 def test_an_unknown_run_is_an_error(run: RunPaths) -> None:
     with pytest.raises(ConfigError, match=r"there is no run r in .+`nestune status` lists"):
         status(run)
